@@ -1,0 +1,174 @@
+"""The op contract: schema, fake and shapes of every `unicorn::` op, side by side.
+
+The plain-torch meaning of each op is in `reference.py` (oracle, and fallback where the
+native library is missing); the CPU kernels are in `ops/` (C++).
+
+Shape letters: `B` batch, `T` query tokens, `S` key tokens, `H`/`Hkv` heads, `D` head dim,
+`K` in, `N` out, `F` FFN width. A linear is `y[..., N] = x[..., K] . W[N, K]^T`.
+
+**Weight** arguments are tensor lists, because one region may mix schemes. With
+`N16 = ceil(N / 16)` and `K32 = ceil(K / 32)` (padding is zero-valued weights):
+
+| scheme  | list       | tensors |
+|---------|------------|---------|
+| float   | `[w]`      | bf16, fp16 or fp32 `[N, K]` |
+| `w4g32` | `[w, s]`   | uint8 `[N16, K32, 4, 16, 4]`, fp16 scale `[N16, K32, 16]` |
+| `w8c`   | `[w, s]`   | uint8 `[N16, K32, 8, 16, 4]`, fp32 scale `[N16, 16]` |
+| `w8a`   | `[w, s, z]`| uint8 `[N16, K32, 8, 16, 4]`, fp32 scale `[N16, 16]`, uint8 zero point `[N16, 16]` |
+
+- `w4g32` (tile "T16"): row `n = 16*i + r`; byte `w[i, g, c, r, j]` holds `k = 32*g + 8*c + j` in
+  its low nibble and `k = 32*g + 8*c + 4 + j` in its high nibble; value = `s[i, g, r] * (nibble - 8)`.
+- `w8c`: byte `w[i, g, c, r, j]` holds `k = 32*g + 4*c + j`; value = `s[i, r] * (byte - 128)`.
+- `w8a`: same bytes; value = `s[i, r] * (byte - z[i, r])`.
+
+**Activations** that meet a quantized weight are quantized per token in groups of 32 along K
+(`a8g32`): `scale = amax / 127` (fp32), `q = rint(x * (127 / amax))` in int8, round half to even,
+all-zero group -> `q = 0, scale = 0`. The sum over k inside a group is an exact int32; the groups are
+added in fp32 in ascending order with one fused multiply-add each, so every ISA, thread count
+and token count M gives the same bits:
+`acc = fma(float(isum[g]) * a_scale[g], w_scale[g], acc)` for `w4g32`, and
+`acc = fma(float(isum[g]), a_scale[g], acc)`, then `acc * w_scale` for `w8c` / `w8a`, where `isum`
+has the zero point already taken out (`sum a * (q - z)`, exact).
+
+**Norms** (`norm_w`, `norm_eps`, `norm_offset`): RMS norm over the last dim in fp32,
+`x * rsqrt(mean(x^2) + eps) * (norm_w + offset)`; `norm_eps=None` means no norm at all,
+`norm_w=None` with an eps means a norm without weight. Inside a fused op the normalised value stays
+fp32 until it is quantized (with a float weight it is rounded to the dtype of x first).
+
+Every op returns tensors in the dtype of its activations (bf16, fp16 or fp32); sums, norms,
+softmax and the residual add are fp32 inside, rounded once at the end.
+The ops are inference only: an input that requires grad while grad mode is on raises.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("unicorn", "DEF")
+
+ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
+
+_NORM = "Tensor? norm_w, float? norm_eps, float norm_offset"
+_POST = "Tensor? post_w, float? post_eps, float post_offset, Tensor? residual"
+
+# linear: x [..., K] -> [..., n]. bias [n] or None.
+LIBRARY.define("linear(Tensor x, Tensor[] w, Tensor? bias, int n) -> Tensor")
+
+# embedding: ids int64 [...] -> [..., k] in `dtype`. Ids outside [0, num_rows) raise IndexError.
+LIBRARY.define("embedding(Tensor ids, Tensor[] w, int num_rows, int k, ScalarType dtype) -> Tensor")
+
+# rms_norm: x [..., D] -> same shape and dtype.
+LIBRARY.define("rms_norm(Tensor x, Tensor? w, float eps, float offset) -> Tensor")
+
+# int8_qkv: pre-norm, the three projections, q/k norm and rotary embedding.
+# x [B, T, K]; cos/sin [B or 1, T, D] (rotate-half convention: y = x*cos + rotate_half(x)*sin), or None
+# (no rotary). bias: [] or [bq, bk, bv]. q_norm_w/k_norm_w [D] share eps and offset.
+# -> q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, D], each contiguous.
+LIBRARY.define(
+    f"int8_qkv(Tensor x, {_NORM}, Tensor[] wq, Tensor[] wk, Tensor[] wv, Tensor[] bias, "
+    "Tensor? q_norm_w, Tensor? k_norm_w, float? qk_norm_eps, float qk_norm_offset, "
+    "Tensor? cos, Tensor? sin, int heads, int kv_heads, int head_dim) -> (Tensor, Tensor, Tensor)"
+)
+
+# int8_attention: scaled dot-product attention, output projection, post-norm, residual add.
+# q [B, H, T, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] (any strides with a dense last dim),
+# mask: None, bool (True = attend) or float (added), broadcastable to [B, H, T, S];
+# causal: query t sees keys s <= t + (S - T) ("bottom right"); with mask both apply.
+# softcap 0.0 = off, else logits = softcap * tanh(logits / softcap) before the mask is added.
+# A row with every key masked gives zeros. residual [B, T, n] or None -> [B, T, n].
+LIBRARY.define(
+    "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, float softcap, "
+    f"Tensor[] wo, Tensor? bo, int n, {_POST}) -> Tensor"
+)
+
+# int4_ffn: pre-norm, act(x Wg^T + bg) * (x Wu^T + bu), down projection, post-norm, residual add.
+# x [..., K]; bias: [] or [bg, bu, bd]; f = FFN width, n = width out; residual [..., n] -> [..., n].
+# Between the two projections the product stays fp32 until it is quantized (a8g32).
+LIBRARY.define(
+    f"int4_ffn(Tensor x, {_NORM}, Tensor[] wg, Tensor[] wu, Tensor[] wd, Tensor[] bias, str act, int f, int n, "
+    f"{_POST}) -> Tensor"
+)
+
+
+@torch.library.register_fake("unicorn::linear")
+def _linear_fake(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("unicorn::embedding")
+def _embedding_fake(ids: Tensor, w: list[Tensor], num_rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty((*ids.shape, k), dtype=dtype)
+
+
+@torch.library.register_fake("unicorn::rms_norm")
+def _rms_norm_fake(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("unicorn::int8_qkv")
+def _int8_qkv_fake(
+    x: Tensor,
+    norm_w: Tensor | None,
+    norm_eps: float | None,
+    norm_offset: float,
+    wq: list[Tensor],
+    wk: list[Tensor],
+    wv: list[Tensor],
+    bias: list[Tensor],
+    q_norm_w: Tensor | None,
+    k_norm_w: Tensor | None,
+    qk_norm_eps: float | None,
+    qk_norm_offset: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    b, t = x.shape[0], x.shape[1]
+    q = x.new_empty((b, heads, t, head_dim))
+    k = x.new_empty((b, kv_heads, t, head_dim))
+    return q, k, k.new_empty(k.shape)
+
+
+@torch.library.register_fake("unicorn::int8_attention")
+def _int8_attention_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    wo: list[Tensor],
+    bo: Tensor | None,
+    n: int,
+    post_w: Tensor | None,
+    post_eps: float | None,
+    post_offset: float,
+    residual: Tensor | None,
+) -> Tensor:
+    return q.new_empty((q.shape[0], q.shape[2], n))
+
+
+@torch.library.register_fake("unicorn::int4_ffn")
+def _int4_ffn_fake(
+    x: Tensor,
+    norm_w: Tensor | None,
+    norm_eps: float | None,
+    norm_offset: float,
+    wg: list[Tensor],
+    wu: list[Tensor],
+    wd: list[Tensor],
+    bias: list[Tensor],
+    act: str,
+    f: int,
+    n: int,
+    post_w: Tensor | None,
+    post_eps: float | None,
+    post_offset: float,
+    residual: Tensor | None,
+) -> Tensor:
+    torch._check(act in ACTIVATIONS, lambda: f"int4_ffn: act must be one of {ACTIVATIONS}, got {act!r}")
+    return x.new_empty((*x.shape[:-1], n))

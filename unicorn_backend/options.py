@@ -1,0 +1,57 @@
+"""The one options dataclass, and the only file that reads environment variables."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from unicorn_backend.errors import OptionError
+
+DEVICES = ("cpu", "vulkan", "npu")
+POLICIES = ("speed", "power", "fixed")
+
+
+@dataclass(frozen=True)
+class Options:
+    """`torch.compile(model, backend="unicorn", options={...})`.
+
+    recipe: name of a quantization recipe (`unicorn_backend.recipes()` lists them), or None: the
+        `default` recipe for language models, nothing for any other module.
+    devices: devices that may be used, in order of preference; the CPU is always there.
+    policy: what placement optimises.
+    strict: raise `StrictModeError` where something would be left to plain torch with a reason.
+    keep_weights: keep the original float weights, so that `unicorn_backend.restore(model)` can
+        put them back (costs their memory).
+    """
+
+    recipe: str | None = None
+    devices: tuple[str, ...] = ("cpu",)
+    policy: str = "speed"
+    strict: bool = False
+    keep_weights: bool = False
+
+    def __post_init__(self) -> None:
+        from unicorn_backend.quantize.recipe import recipes
+
+        if self.recipe is not None and self.recipe not in recipes():
+            raise OptionError(f"option 'recipe': got {self.recipe!r}, allowed are None, {', '.join(map(repr, recipes()))}")
+        object.__setattr__(self, "devices", (self.devices,) if isinstance(self.devices, str) else tuple(self.devices))
+        if unknown := [d for d in self.devices if d not in DEVICES]:
+            raise OptionError(f"option 'devices': got {unknown[0]!r}, allowed are {', '.join(DEVICES)}")
+        if self.policy not in POLICIES:
+            raise OptionError(f"option 'policy': got {self.policy!r}, allowed are {', '.join(POLICIES)}")
+        for name in ("strict", "keep_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise OptionError(f"option {name!r}: got {getattr(self, name)!r}, allowed are True and False")
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | Options | None) -> Options:
+        """Options from a `torch.compile(options=...)` dict. An unknown key raises `OptionError`."""
+        if isinstance(options, Options):
+            return options
+        allowed = [f.name for f in dataclasses.fields(cls)]
+        if unknown := [key for key in (options or {}) if key not in allowed]:
+            raise OptionError(f"unknown option {unknown[0]!r} for backend 'unicorn'; allowed are {', '.join(allowed)}")
+        return cls(**dict(options or {}))
