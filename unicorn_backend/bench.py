@@ -1,0 +1,205 @@
+"""`unicorn bench`: generation speed next to its ceiling and next to what else could have been used.
+
+Systems run interleaved in one process (external ones as child processes in the same rounds); memory
+bandwidth is read before and after. The result is one JSON object; `report` prints it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import statistics
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import unicorn_backend
+from unicorn_backend import measure, models, table
+from unicorn_backend.errors import OptionError, UnicornError
+from unicorn_backend.measure import Timing
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Peer:
+    """An external program to run in the same rounds: `llama-bench` of llama.cpp (or a fork of it)."""
+
+    program: Path
+    gguf: Path
+
+    @classmethod
+    def parse(cls, spec: str, gguf: Path | None) -> Peer:
+        """From `llama-bench=PATH` and the model file."""
+        kind, _, program = spec.partition("=")
+        if kind != "llama-bench" or not Path(program).is_file():
+            raise OptionError(f"--peer: got {spec!r}, allowed is llama-bench=PATH with PATH an existing program")
+        if gguf is None or not gguf.is_file():
+            raise OptionError(f"--gguf: got {str(gguf)!r}, a peer needs the path of an existing GGUF file")
+        return cls(Path(program), gguf)
+
+    def run(self, prompt_tokens: int, new_tokens: int) -> Timing:
+        sizes = ["-p", str(prompt_tokens), "-n", str(new_tokens), "-t", str(torch.get_num_threads())]
+        command = [str(self.program), "-m", str(self.gguf), *sizes, "-r", "1", "-o", "json"]
+        try:
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            runs = json.loads(output)
+            prefill = next(run["avg_ts"] for run in runs if run["n_prompt"] and not run["n_gen"])
+            decode = next(run["avg_ts"] for run in runs if run["n_gen"] and not run["n_prompt"])
+        except (subprocess.CalledProcessError, json.JSONDecodeError, KeyError, StopIteration) as error:
+            raise UnicornError(f"peer {self.program.name} gave no usable result: {error}") from error
+        return Timing(float(prefill), float(decode))
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every system does in a round."""
+
+    model: str = "tiny"
+    prompt_tokens: int = 128
+    new_tokens: int = 64
+    rounds: int = 5
+    recipe: str = "default"
+
+
+@dataclass(frozen=True)
+class System:
+    """One column of the comparison. `model` is None for an external program."""
+
+    name: str
+    run: Callable[[], Timing]
+    model: Any
+    weight_bytes: int
+    total_bytes: int
+    note: str = ""
+
+
+def bench(work: Workload, *, eager: bool = True, peer: Peer | None = None) -> dict[str, Any]:
+    """Measure and return the JSON object."""
+    ids = models.sample_ids(work.prompt_tokens, work.model)
+    original = models.load(work.model)
+    parameters = sum(p.numel() for p in original.parameters())
+    systems = _systems(original, work, ids, eager, peer)
+    # Hashing is also the warm-up: afterwards everything is compiled.
+    hashes = {s.name: measure.last_logits_hash(s.model, ids, work.new_tokens) for s in systems if s.model}
+    kv = measure.kv_bytes(original, context=work.prompt_tokens + work.new_tokens // 2)
+    before = measure.read_bandwidth()
+    timings = measure.interleave({s.name: s.run for s in systems}, work.rounds)
+    after = measure.read_bandwidth()
+    ceiling = max(before, after)
+    rows = [_row(s, timings[s.name], kv, ceiling, hashes.get(s.name)) for s in systems]
+    _add_ratios(rows)
+    return {
+        "schema": SCHEMA,
+        "model": work.model,
+        "weights": "random" if work.model in models.CONFIGS else "trained",
+        "parameters": parameters,
+        "prompt_tokens": work.prompt_tokens,
+        "new_tokens": work.new_tokens,
+        "rounds": work.rounds,
+        "recipe": work.recipe,
+        "bandwidth": {"before_gbps": before, "after_gbps": after, "ceiling_gbps": ceiling},
+        "systems": rows,
+        "bugs": [f"{row['name']}: {row['bandwidth_share']:.0%} of bandwidth" for row in rows if row["is_bug"]],
+        "provenance": measure.provenance(),
+    }
+
+
+def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peer: Peer | None) -> list[System]:
+    """unicorn first, then eager bf16, then the peer."""
+    quantized = copy.deepcopy(original) if eager else original
+    unicorn_backend.quantize(quantized, recipe=work.recipe)
+    named = {"unicorn": torch.compile(quantized, backend="unicorn")}
+    if eager:
+        named["eager bf16"] = original
+    systems = [_hugging_face(name, model, ids, work) for name, model in named.items()]
+    if peer is not None:
+        size = peer.gguf.stat().st_size
+        run = partial(peer.run, work.prompt_tokens, work.new_tokens)
+        systems.append(System(peer.program.name, run, None, size, size, note=peer.gguf.name))
+    return systems
+
+
+def _hugging_face(name: str, model: Any, ids: torch.Tensor, work: Workload) -> System:
+    return System(
+        name=name,
+        run=lambda: measure.generate_timed(model, ids, work.new_tokens),
+        model=model,
+        weight_bytes=measure.weight_bytes(model),
+        total_bytes=measure.model_bytes(model),
+    )
+
+
+def _row(system: System, timings: Sequence[Timing], kv: int, ceiling: float, hashed: str | None) -> dict[str, Any]:
+    decode = [t.decode_tok_s for t in timings]
+    bytes_per_token = system.weight_bytes + kv
+    gbps = bytes_per_token * statistics.median(decode) / 1e9
+    in_cache = system.weight_bytes < measure.last_level_cache_bytes()
+    return {
+        "name": system.name,
+        "note": system.note,
+        "model_bytes": system.total_bytes,
+        "bytes_per_token": {"weights": system.weight_bytes, "kv": kv},
+        "prefill_tok_s": _spread([t.prefill_tok_s for t in timings]),
+        "decode_tok_s": _spread(decode),
+        "gbps": gbps,
+        "bandwidth_share": gbps / ceiling,
+        "ceiling_tok_s": ceiling * 1e9 / bytes_per_token,
+        "in_cache": in_cache,
+        "is_bug": not in_cache and gbps / ceiling > measure.BUG_SHARE,
+        "last_logits_sha256": hashed,
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, Any]:
+    return {"median": statistics.median(values), "best": max(values), "all": list(values)}
+
+
+def _add_ratios(rows: list[dict[str, Any]]) -> None:
+    """Each row's speed over eager bf16's, as the median of the per-round ratios."""
+    base = next((row for row in rows if row["name"] == "eager bf16"), None)
+    for row in rows:
+        for phase in ("decode", "prefill"):
+            key = f"{phase}_tok_s"
+            ratio = measure.paired_ratio(row[key]["all"], base[key]["all"]) if base else None
+            row[f"{phase}_ratio"] = ratio
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as a table for people."""
+    header = ("", "decode tok/s", "vs eager", "prefill tok/s", "vs eager", "MB/token", "GB/s", "of bandwidth")
+    band = result["bandwidth"]
+    lines = [
+        f"{result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}, "
+        f"{result['new_tokens']} new tokens, {result['rounds']} interleaved rounds, medians",
+        f"memory read bandwidth: {band['before_gbps']:.1f} GB/s before, {band['after_gbps']:.1f} after",
+        "",
+        table.text(header, [cells(row) for row in result["systems"]]),
+    ]
+    if any(row["in_cache"] for row in result["systems"]):
+        lines.append("(c) the weights fit in the last-level cache, so the share of memory bandwidth says little")
+    lines += [f"BUG: {bug}; more than the memory can deliver" for bug in result["bugs"]]
+    return "\n".join(lines)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One system's cells, in the order of `report`'s header."""
+
+    def ratio(value: float | None) -> str:
+        return "" if value is None else f"{value:.2f}x"
+
+    return [
+        row["name"],
+        f"{row['decode_tok_s']['median']:.1f}",
+        ratio(row["decode_ratio"]),
+        f"{row['prefill_tok_s']['median']:.0f}",
+        ratio(row["prefill_ratio"]),
+        f"{sum(row['bytes_per_token'].values()) / 1e6:.1f}",
+        f"{row['gbps']:.1f}",
+        f"{row['bandwidth_share']:.0%}" + (" (c)" if row["in_cache"] else ""),
+    ]

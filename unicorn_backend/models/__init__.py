@@ -1,0 +1,58 @@
+"""Models this package brings or can build: the embedded trained one, and random ones of true sizes.
+
+`load("tiny")` is the embedded 7M-parameter Gemma 3 (trained, see README.md here), `load("gemma3-1b")` and
+`load("gemma3-4b")` have the real shapes with random weights (speed only), anything else is a local folder
+or a hub id.
+"""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unicorn_backend.errors import CheckpointError
+from unicorn_backend.models.random import CONFIGS, random_model
+
+TINY = Path(str(files(__name__))) / "tiny-gemma3"
+SAMPLE_TEXT = Path(str(files(__name__))) / "wikitext2-test-head.txt"
+
+
+def load(name: str | Path = "tiny") -> Any:
+    """A causal language model in evaluation mode, in the dtype of its checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    if str(name) in CONFIGS:
+        return random_model(str(name))
+    try:
+        return AutoModelForCausalLM.from_pretrained(_resolve(name), dtype="auto").eval()
+    except OSError as error:
+        raise CheckpointError(_not_found(name, error)) from error
+
+
+def load_tokenizer(name: str | Path = "tiny") -> Any:
+    """The tokenizer beside the model; random models use the embedded one (their ids are all valid)."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(TINY if str(name) in CONFIGS else _resolve(name))
+    except OSError as error:
+        raise CheckpointError(_not_found(name, error)) from error
+
+
+def sample_ids(tokens: int, name: str | Path = "tiny") -> torch.Tensor:
+    """int64 [1, tokens]: the head of WikiText-2 test in the tokens of the named model, repeated if short."""
+    ids = load_tokenizer(name)(SAMPLE_TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
+
+
+def _resolve(name: str | Path) -> str:
+    return str(TINY if str(name) == "tiny" else name)
+
+
+def _not_found(name: str | Path, error: OSError) -> str:
+    reason = str(error).strip().splitlines()[0]
+    known = ", ".join(("tiny", *CONFIGS))
+    return f"cannot load model {str(name)!r}: {reason} Give a local folder, a hub id, or one of: {known}."
