@@ -1,0 +1,44 @@
+"""Write the speed results that the README shows: benchmarks/results/decode-<model>.json, one per model.
+
+    python benchmarks/decode.py                                  # tiny and gemma3-1b
+    python benchmarks/decode.py gemma3-4b --rounds 3
+    python benchmarks/decode.py gemma3-1b --peer llama-bench=PATH --gguf FILE
+
+The machine should be otherwise idle. Each result carries its provenance and the bandwidth read around it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from transformers.utils import logging
+
+from unicorn_backend import bench, models
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("models", nargs="*", default=["tiny", "gemma3-1b"], help=", ".join(("tiny", *models.CONFIGS)))
+    parser.add_argument("--prompt-tokens", type=int, default=128)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--peer", default="", metavar="llama-bench=PATH")
+    parser.add_argument("--gguf", type=Path)
+    args = parser.parse_args()
+    logging.disable_progress_bar()
+    RESULTS.mkdir(exist_ok=True)
+    peer = bench.Peer.parse(args.peer, args.gguf) if args.peer else None
+    for name in args.models:
+        work = bench.Workload(name, args.prompt_tokens, args.new_tokens, args.rounds)
+        result = bench.bench(work, peer=peer)
+        path = RESULTS / f"decode-{Path(name).name}.json"
+        path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        print(bench.report(result), f"\n-> {path.relative_to(RESULTS.parents[1])}\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Write the tables of README.md from the JSON in benchmarks/results/, between their markers.
+
+    python benchmarks/tables.py            # rewrite
+    python benchmarks/tables.py --check    # exit 1 if a table differs from its JSON
+
+A block `<!-- table: NAME -->` ... `<!-- end -->` holds the table of benchmarks/results/NAME.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from unicorn_backend import table
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def render(text: str) -> str:
+    """`text` with every block replaced by the table of its file."""
+
+    def fill(match: re.Match[str]) -> str:
+        result = json.loads((ROOT / "benchmarks" / "results" / f"{match['name']}.json").read_text(encoding="utf-8"))
+        kind = match["name"].split("-")[0]
+        return f"{match[1]}{KINDS[kind](result)}\n{match[3]}"
+
+    return BLOCK.sub(fill, text)
+
+
+def decode(result: dict[str, Any]) -> str:
+    """Speed of each system, with the ceiling that memory bandwidth sets for its bytes."""
+    header = ("", "decode tok/s", "ceiling tok/s", "of bandwidth", "prefill tok/s", "MB per token", "weights")
+    rows = [
+        (
+            row["name"] + (f" ({row['note']})" if row["note"] else ""),
+            f"{row['decode_tok_s']['median']:.1f}" + _ratio(row["decode_ratio"]),
+            "in cache" if row["in_cache"] else f"{row['ceiling_tok_s']:.1f}",
+            "in cache" if row["in_cache"] else f"{row['bandwidth_share']:.0%}",
+            f"{row['prefill_tok_s']['median']:.0f}" + _ratio(row["prefill_ratio"]),
+            f"{sum(row['bytes_per_token'].values()) / 1e6:.1f}",
+            table.size(row["model_bytes"]),
+        )
+        for row in result["systems"]
+    ]
+    band, where = result["bandwidth"], result["provenance"]
+    caption = (
+        f"{result['model']}, {result['weights']} weights, {result['parameters'] / 1e6:,.0f} M parameters; prompt "
+        f"{result['prompt_tokens']}, {result['new_tokens']} new tokens; medians of {result['rounds']} interleaved rounds. "
+        f"{where['cpu']}, {where['threads']} threads{', virtual machine' if where['virtual_machine'] else ''}; "
+        f"memory read {band['before_gbps']:.1f} GB/s before and {band['after_gbps']:.1f} after."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
+def _ratio(value: float | None) -> str:
+    return "" if value is None or value == 1 else f" ({value:.2f}x)"
+
+
+KINDS = {"decode": decode}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
+    check = parser.parse_args().check
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = render(before)
+    if check and before != after:
+        sys.exit("README.md: tables differ from benchmarks/results/; run `make tables`")
+    path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""The command line, run as its user runs it: what it prints, its exit codes, and what it leaves on disk."""
+
+from __future__ import annotations
+
+import json
+import stat
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from unicorn_backend import __main__ as cli
+from unicorn_backend import bench, measure, models, table
+from unicorn_backend.errors import OptionError, UnicornError
+
+COMMANDS = ("demo", "run", "quantize", "explain", "bench")
+
+
+def call(*args: str) -> str:
+    result = CliRunner().invoke(cli.app, list(args), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def call_json(*args: str) -> dict:
+    return json.loads(call(*args, "--json").splitlines()[-1])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command: str) -> None:
+    assert f"unicorn {command}" in call(command, "--help")
+
+
+def test_run_continues_the_prompt() -> None:
+    out = call_json("run", "The film is a", "-n", "8")
+    assert out["tokens"] == 8 and out["text"].strip()
+
+
+def test_run_streams_the_prompt_and_its_continuation() -> None:
+    assert call("run", "The film is a", "-n", "4").lstrip().startswith("The film is a")
+
+
+def test_sampling_repeats_with_its_seed() -> None:
+    first, again, other = (call_json("run", "The film", "-n", "12", "-t", "1", "--seed", s)["text"] for s in "112")
+    assert first == again != other
+
+
+def test_quantize_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
+    out = tmp_path / "folder" / "quantized"
+    report = call_json("quantize", "tiny", "-o", str(out))
+    assert report["bytes_after"] < 0.6 * report["bytes_before"]
+    assert [p.name for p in out.parent.iterdir()] == ["quantized"], "temporary folders left behind"
+    direct, loaded = (call_json("run", "The film is a", "-n", "16", "-m", m) for m in ("tiny", str(out)))
+    assert direct["text"] == loaded["text"]
+
+
+def test_quantize_keeps_an_existing_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine").write_text("keep")
+    with pytest.raises(UnicornError, match="--overwrite"):
+        call("quantize", "tiny", "-o", str(tmp_path))
+    assert (tmp_path / "mine").read_text() == "keep"
+
+
+def test_quantize_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    with pytest.raises(OSError, match="disk full"):
+        call("quantize", "tiny", "-o", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_explain_shows_both_graphs() -> None:
+    plans = call_json("explain")["plans"]
+    assert len(plans) >= 2
+    assert all(any(step["kind"] == "ffn" for step in plan["steps"]) for plan in plans)
+
+
+def test_bench_measures_and_writes_json(tmp_path: Path) -> None:
+    out = tmp_path / "result.json"
+    text = call("bench", "-p", "16", "-n", "4", "--rounds", "2", "--output", str(out))
+    result = json.loads(out.read_text())
+    ours, eager = result["systems"]
+    assert (ours["name"], eager["name"]) == ("unicorn", "eager bf16")
+    assert len(ours["decode_tok_s"]["all"]) == 2
+    assert ours["bytes_per_token"]["weights"] < 0.6 * eager["bytes_per_token"]["weights"]
+    assert ours["decode_ratio"] > 0 and eager["decode_ratio"] == 1
+    assert result["provenance"]["torch"] and result["bandwidth"]["ceiling_gbps"] > 0
+    assert "unicorn" in text and "eager bf16" in text
+
+
+def test_bench_runs_a_peer(tmp_path: Path) -> None:
+    program, gguf = tmp_path / "llama-bench", tmp_path / "model.gguf"
+    runs = [{"n_prompt": 16, "n_gen": 0, "avg_ts": 100.0}, {"n_prompt": 0, "n_gen": 4, "avg_ts": 25.0}]
+    program.write_text(f"#!/bin/sh\necho '{json.dumps(runs)}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    gguf.write_bytes(bytes(1000))
+    args = ("bench", "-p", "16", "-n", "4", "--rounds", "1", "--peer", f"llama-bench={program}", "--gguf", str(gguf))
+    row = json.loads(call(*args, "--no-eager", "--json"))["systems"][-1]
+    assert row["name"] == "llama-bench" and row["model_bytes"] == 1000
+    assert row["decode_tok_s"]["median"] == 25 and row["prefill_tok_s"]["median"] == 100
+
+
+def test_peer_errors_say_what_is_allowed(tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="llama-bench=PATH"):
+        bench.Peer.parse("ollama=/bin/true", None)
+    with pytest.raises(OptionError, match="--gguf"):
+        bench.Peer.parse("llama-bench=/bin/true", tmp_path / "missing.gguf")
+    with pytest.raises(UnicornError, match="no usable result"):
+        bench.Peer(Path("/bin/true"), tmp_path).run(1, 1)
+
+
+@pytest.mark.parametrize("args", [("run", "x", "-m", "/no/such/model"), ("run", "x", "-r", "w3")])
+def test_errors_are_one_line_and_exit_code_2(args: tuple[str, ...]) -> None:
+    done = subprocess.run([sys.executable, "-m", "unicorn_backend", *args], capture_output=True, text=True)
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in done.stderr
+
+
+def test_weight_bytes_counts_a_tied_table_once(tiny: Any) -> None:
+    assert measure.weight_bytes(tiny) == measure.model_bytes(tiny)
+
+
+def test_weight_bytes_leaves_out_an_untied_table(make_tiny: Callable[[], Any]) -> None:
+    model = make_tiny()
+    table_bytes = model.get_input_embeddings().weight.nbytes
+    tied = measure.weight_bytes(model)
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.clone(), requires_grad=False)
+    assert measure.weight_bytes(model) == tied
+    assert measure.model_bytes(model) == tied + table_bytes
+
+
+def test_kv_bytes_stop_growing_at_the_window(tiny: Any) -> None:
+    # 2 KV heads x 64 x (key, value) x 2 bytes = 512 per layer and token; 4 of 6 layers have a window of 128.
+    assert measure.kv_bytes(tiny, 100) == 512 * 6 * 100
+    assert measure.kv_bytes(tiny, 1000) == 512 * (4 * 128 + 2 * 1000)
+
+
+def test_share_above_the_ceiling_is_a_bug() -> None:
+    size = 10**12  # far beyond any cache
+    system = bench.System("fake", lambda: None, None, size, size)
+    times = [measure.Timing(1.0, 1.0)]
+    assert bench._row(system, times, 0, 1000 / 1.04, None)["is_bug"] is False
+    assert bench._row(system, times, 0, 1000 / 1.06, None)["is_bug"] is True
+
+
+def test_interleave_alternates_the_order() -> None:
+    order: list[str] = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    assert measure.interleave(runs, 2) == {"a": [None, None], "b": [None, None]}
+    assert order == ["a", "b", "b", "a"]
+
+
+def test_random_models_have_the_true_shapes() -> None:
+    config = models.random.config("gemma3-1b")
+    assert config.layer_types.count("full_attention") == 4 and config.layer_types[5] == "full_attention"
+    model = models.random.random_model("gemma3-1b", num_hidden_layers=2, vocab_size=4096)
+    logits = model(models.sample_ids(16)).logits
+    assert logits.isfinite().all() and 0.3 < float(logits.float().std()) < 3
+
+
+def test_tables() -> None:
+    assert table.text(("", "n"), [("a", "1"), ("bb", "10")]) == "     n\na    1\nbb  10"
+    assert table.markdown(("x", "n"), [("a", "1")]) == "| x | n |\n| --- | ---: |\n| a | 1 |"
+    assert [table.size(n) for n in (5, 13.9e6, 2.5e9)] == ["5 B", "13.9 MB", "2.50 GB"]
