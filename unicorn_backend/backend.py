@@ -1,0 +1,107 @@
+"""The torch.compile backend: normalise, match, rewrite, describe, run.
+
+Registered under the name "unicorn" by the entry point group `torch_dynamo_backends`, so
+`torch.compile(model, backend="unicorn")` needs no import of this package.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from unicorn_backend import assets
+from unicorn_backend.errors import StrictModeError
+from unicorn_backend.graph.capture import normalise
+from unicorn_backend.graph.describe import describe, parameter_names
+from unicorn_backend.graph.pattern import Reason
+from unicorn_backend.graph.rewrite import rewrite
+from unicorn_backend.integration import prepare, torch_hooks
+from unicorn_backend.options import Options
+from unicorn_backend.plan import Plan
+
+log = logging.getLogger(__name__)
+
+_numbers = itertools.count(1)
+
+
+def unicorn(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | Options | None = None,
+    mode: str | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph. Returns a callable with the graph's inputs and outputs.
+
+    What is not matched runs as plain torch; `unicorn_backend.explain(model)` lists it with reasons.
+    `mode` is accepted for the sake of callers that always pass one, and changes nothing.
+    Raises OptionError (unknown option), QuantizationError (bad weights), StrictModeError.
+    """
+    parsed = Options.parse(options)
+    if note := leave_alone(example_inputs):
+        return _pass_through(gm, note)
+    normal = normalise(gm)
+    if normal is None:
+        return _pass_through(gm, "no tensor inputs")
+    taken = rewrite(normal)
+    if not taken.regions and not prepare.has_quantized(example_inputs):
+        note = prepare.reason_for_nothing() or "no attention or gated feed-forward was matched"
+        return _pass_through(gm, note, taken.reasons)
+    prepare.quantize_owners(parsed, taken.regions, normal, example_inputs)
+    placeholders = [node for node in normal.graph.nodes if node.op == "placeholder"]
+    names = dict(zip(placeholders, parameter_names(gm), strict=True))
+    plan = describe(normal, names, taken.reasons, next(_numbers))
+    _report(plan, parsed)
+    return normal.forward
+
+
+def reset() -> None:
+    """Called by `torch._dynamo.reset()`: forget the plans of graphs that no longer exist."""
+    prepare.forget_plans()
+
+
+unicorn.reset = reset  # type: ignore[attr-defined]
+
+
+def leave_alone(example_inputs: Sequence[Any]) -> str:
+    """Why a graph must run unchanged ("" if it need not): gradients, or tensors off the CPU."""
+    tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        return (
+            "gradients are required (grad mode is on and an input or parameter requires grad): left unquantized. "
+            "For inference call it under torch.inference_mode() or torch.no_grad(), as generate() does"
+        )
+    foreign = sorted({tensor.device.type for tensor in tensors if tensor.device.type not in ("cpu", "meta")})
+    if foreign:
+        return f"tensors are on {', '.join(foreign)}, unicorn runs on the CPU: left to plain torch"
+    return ""
+
+
+def _pass_through(gm: GraphModule, note: str, reasons: Sequence[Reason] = ()) -> Callable[..., Any]:
+    plan = Plan(next(_numbers), "unknown", note=note)
+    log.warning("graph %d runs as plain torch: %s", plan.graph, note)
+    for reason in reasons:
+        log.info("left to plain torch: %s", reason)
+    prepare.remember_plan(plan)
+    return gm.forward
+
+
+def _report(plan: Plan, options: Options) -> None:
+    log.info("%s", plan.summary())
+    for left in plan.left:
+        log.debug("left to plain torch: %s at %s: %s", left.kind, left.where, left.reason)
+    if wanted := [device for device in options.devices if device != "cpu"]:
+        log.warning("device %s has no runtime in this version: everything is placed on the cpu", ", ".join(wanted))
+    prepare.remember_plan(plan)
+    if options.strict and plan.left:
+        lines = "\n".join(f"  {left.kind} at {left.where}: {left.reason}" for left in plan.left)
+        raise StrictModeError(f"strict=True and {len(plan.left)} things were left to plain torch:\n{lines}")
+
+
+assets.load_native()
+torch_hooks.install()

@@ -1,0 +1,120 @@
+"""`explain(model)`: each region with its op, device, scheme and bytes, and a reason for all the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+
+from unicorn_backend.errors import UnicornError
+from unicorn_backend.plan import Left, Plan, Step
+
+PROBE_TOKENS = 4  # tokens of the forward pass that an uncompiled model is traced with
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What `explain` found. `str()` is a table, `to_json()` the same as data."""
+
+    model: str
+    plans: tuple[Plan, ...]
+    note: str = ""
+
+    def to_json(self) -> str:
+        return json.dumps({"model": self.model, "note": self.note, "plans": [dataclasses.asdict(p) for p in self.plans]})
+
+    def __str__(self) -> str:
+        lines = [f"{self.model}: {len(self.plans)} compiled graph(s)" + (f" ({self.note})" if self.note else "")]
+        for plan in self.plans:
+            lines += ["", plan.summary(), *_table(plan.steps), *_left(plan)]
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(model: Any, **inputs: Any) -> Explanation:
+    """Explain what backend "unicorn" does with `model`.
+
+    model: a module, or what `torch.compile(module, backend="unicorn")` returned. After a run the plans
+    of its compiled graphs are shown; before, the model is traced once (nothing is quantized or
+    changed) with `inputs`, by default a few token ids.
+    Raises UnicornError if the model cannot be traced with these inputs.
+    """
+    from unicorn_backend.integration.prepare import plans_of
+
+    root: nn.Module = getattr(model, "_orig_mod", model)
+    if not isinstance(root, nn.Module):
+        raise UnicornError(f"explain: got {type(model).__name__}, allowed is a torch.nn.Module or a compiled one")
+    plans = plans_of(root)
+    if plans:
+        return Explanation(type(root).__name__, tuple(plans))
+    note = "traced for this explanation, not compiled: weights are shown as they are now"
+    return Explanation(type(root).__name__, tuple(_trace(root, inputs)), note)
+
+
+def _trace(root: nn.Module, inputs: dict[str, Any]) -> list[Plan]:
+    from unicorn_backend.graph.capture import normalise
+    from unicorn_backend.graph.describe import describe, parameter_names
+    from unicorn_backend.graph.rewrite import rewrite
+
+    plans: list[Plan] = []
+    numbers = count(1)
+
+    def record(gm: torch.fx.GraphModule, _: Any) -> Any:
+        normal = normalise(gm)
+        if normal is not None:
+            taken = rewrite(normal)
+            placeholders = [node for node in normal.graph.nodes if node.op == "placeholder"]
+            names = dict(zip(placeholders, parameter_names(gm), strict=True))
+            plans.append(describe(normal, names, taken.reasons, next(numbers)))
+        return gm.forward
+
+    arguments = inputs or {"input_ids": torch.arange(PROBE_TOKENS).unsqueeze(0)}
+    try:
+        with torch.no_grad():
+            torch.compile(root.forward, backend=record)(**arguments)
+    except TypeError as error:
+        raise UnicornError(
+            f"explain: {type(root).__name__} cannot be called with {', '.join(arguments)} ({error}); "
+            "pass its inputs: explain(model, pixel_values=...), or run the compiled model once before"
+        ) from error
+    return plans
+
+
+def _table(steps: Iterable[Step]) -> list[str]:
+    """One line per distinct region; equal layers are folded with their count."""
+    folded: Counter[tuple[str, ...]] = Counter()
+    first: dict[tuple[str, ...], str] = {}
+    for step in steps:
+        key = (step.kind, step.op, step.device, " ".join(dict.fromkeys(step.schemes)), f"{step.weight_bytes / 1e6:.3f}")
+        folded[key] += 1
+        first.setdefault(key, step.where)
+    rows = [("region", "op", "device", "scheme", "MB/call", "count", "first at")]
+    rows += [(*key, str(number), first[key]) for key, number in folded.items()]
+    return _align(rows)
+
+
+def _left(plan: Plan) -> list[str]:
+    lines = []
+    if plan.torch_ops:
+        common = ", ".join(f"{name.removeprefix('aten.')} x{number}" for name, number in plan.torch_ops.most_common(12))
+        lines.append(f"  plain torch: {common}")
+    folded: Counter[tuple[str, str]] = Counter((left.kind, left.reason) for left in plan.left)
+    first: dict[tuple[str, str], Left] = {}
+    for left in plan.left:
+        first.setdefault((left.kind, left.reason), left)
+    for key, number in folded.items():
+        lines.append(f"  left: {key[0]} x{number} (first {first[key].where}): {key[1]}")
+    return lines
+
+
+def _align(rows: list[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

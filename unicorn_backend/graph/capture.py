@@ -1,0 +1,36 @@
+"""Dynamo's graph -> one normal form that the patterns are written against.
+
+Pre-dispatch ATen keeps `linear`, `scaled_dot_product_attention`, `gelu` and the cache's in-place
+updates as single nodes, and spells every view and cast the same way whatever the model's Python
+looked like. (After AOTAutograd they are decomposed and functionalised, which costs copies of the
+KV cache and makes matching harder.)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses import FakeTensor
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+
+def normalise(gm: GraphModule) -> GraphModule | None:
+    """Pre-dispatch ATen form of Dynamo's `gm`, same inputs and outputs in the same order.
+
+    None if the graph has no tensor input, so that there is nothing to take.
+    """
+    inputs = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
+    mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
+    if mode is None:
+        return None
+    with mode, torch.no_grad():
+        return make_fx(gm, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+
+
+def _example(node: torch.fx.Node) -> Any:
+    value = node.meta.get("example_value")
+    if value is None and "val" in node.meta:
+        return node.meta["val"]
+    return value

@@ -1,0 +1,112 @@
+"""A rewritten graph -> a `Plan`: read off the graph itself, so that it cannot claim what does not run."""
+
+from __future__ import annotations
+
+import os.path
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from unicorn_backend.graph.pattern import Reason, as_linear, aten, is_op, shape, static, unicorn, value
+from unicorn_backend.plan import Left, Plan, Step
+
+# op -> (kind, positions of its weight lists)
+OPS: dict[Any, tuple[str, tuple[int, ...]]] = {
+    unicorn.int4_ffn.default: ("ffn", (4, 5, 6)),
+    unicorn.int8_attention.default: ("attention", (7,)),
+    unicorn.int8_qkv.default: ("qkv", (4, 5, 6)),
+    unicorn.linear.default: ("linear", (1,)),
+    unicorn.embedding.default: ("embedding", (1,)),
+    unicorn.rms_norm.default: ("norm", ()),
+}
+
+
+def describe(gm: GraphModule, names: dict[Node, str], reasons: Iterable[Reason], number: int) -> Plan:
+    """Plan of graph `number`. `names`: placeholder -> path of the parameter it stands for."""
+    plan = Plan(number, _tokens(gm))
+    for node in gm.graph.nodes:
+        if node.op != "call_function":
+            continue
+        if node.target in OPS:
+            plan.steps.append(_step(node, names))
+        elif isinstance(node.target, torch._ops.OpOverload):
+            plan.torch_ops[str(node.target)] += 1
+            if is_op(node, aten.linear.default):
+                plan.left.append(Left("linear", _where(_weights_of(node), names, node), "float weight: not quantized"))
+    plan.left += [Left(reason.what, reason.where, reason.text) for reason in reasons]
+    return plan
+
+
+def _step(node: Node, names: dict[Node, str]) -> Step:
+    kind, positions = OPS[node.target]
+    lists = [list(node.args[position]) for position in positions]
+    if kind == "norm" and isinstance(node.args[1], Node):
+        lists = [[node.args[1]]]
+    schemes = tuple(scheme(weights) for weights in lists) if positions else ()
+    # an embedding reads one row per token, not its table
+    read = 0 if kind in ("embedding", "norm") else sum(_bytes(w) for weights in lists for w in weights)
+    flat = [w for weights in lists for w in weights]
+    return Step(kind, _where(flat, names, node), str(node.target).replace(".default", "").replace(".", "::"), "cpu", schemes, read)
+
+
+def scheme(weights: list[Node]) -> str:
+    """Scheme name of a weight list, from dtypes and shapes alone (see `ops.py`)."""
+    if len(weights) == 1:
+        return str(value(weights[0]).dtype).removeprefix("torch.")
+    if len(weights) == 3:
+        return "w8a"
+    return "w4g32" if static(shape(weights[0])[2]) == 4 else "w8c"
+
+
+def _bytes(node: Node) -> int:
+    tensor = value(node)
+    return int(tensor.numel() * tensor.element_size())
+
+
+def _weights_of(node: Node) -> list[Node]:
+    linear = as_linear(node)
+    return list(linear.weights) if linear is not None else []
+
+
+def _where(weights: list[Node], names: dict[Node, str], node: Node) -> str:
+    """Longest common module path of the parameters behind `weights`."""
+    sources = [names.get(_source(w), "") for w in weights]
+    paths = [path.rpartition(".")[0] for path in sources if path]
+    if not paths:
+        return node.name
+    return paths[0] if len(set(paths)) == 1 else os.path.commonprefix([p + "." for p in paths]).rpartition(".")[0]
+
+
+def _source(node: Node) -> Node:
+    while is_op(node, aten.slice.Tensor):
+        node = node.args[0]
+    return node
+
+
+def _tokens(gm: GraphModule) -> str:
+    """Tokens per call, read off the first integer input (token ids) of two dimensions."""
+    for node in gm.graph.nodes:
+        tensor = value(node) if node.op == "placeholder" else None
+        if isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int64 and tensor.dim() == 2:
+            known = static(tensor.shape[1])
+            return "dynamic" if known is None else str(known)
+    return "unknown"
+
+
+def parameter_names(gm: GraphModule) -> list[str]:
+    """For each placeholder of Dynamo's graph: the path of the module attribute it stands for."""
+    return [_path(node) for node in gm.graph.nodes if node.op == "placeholder"]
+
+
+def _path(node: Node) -> str:
+    source = getattr(node, "_dynamo_source", None)
+    name = getattr(source, "name", "")
+    name = name() if callable(name) else name
+    keys = re.findall(r"_(?:modules|parameters|buffers)\['([^']+)'\]", name)
+    tail = re.search(r"\.(\w+)$", name)
+    if tail and not tail.group(1).startswith(("_modules", "_parameters", "_buffers")):
+        keys.append(tail.group(1))
+    return ".".join(keys)
