@@ -1,0 +1,202 @@
+"""The plain-torch meaning of every `unicorn::` op: the oracle of the kernel tests.
+
+Integer sums are exact (computed in fp64, which holds them), the float epilogue is fp64 or fp32 as
+noted, so a kernel differs from this by its own fp32 rounding only. Slow; nothing but tests and
+`Interpreter` below uses it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from unicorn_backend.layouts import GROUP, W8_ZERO, dequantize, scheme_of, unpack_w4g32, unpack_w8
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+}
+
+
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`a8g32`: float [..., K] -> int8 [..., G, 32] and fp32 scale [..., G], zero padded to G groups."""
+    x = F.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
+    amax = x.abs().amax(-1)
+    inverse = torch.where(amax > 0, 127.0 / amax, torch.zeros_like(amax))
+    return torch.round(x * inverse[..., None]).to(torch.int8), amax / 127.0
+
+
+def matmul(x: Tensor, w: list[Tensor], n: int) -> Tensor:
+    """fp64 [..., n]: quantized weight times activations quantized per group; no bias."""
+    k = x.shape[-1]
+    if scheme_of(w) == "float":
+        return x.to(w[0].dtype).double() @ w[0].double().T
+    a, a_scale = quantize_activations(x)
+    if scheme_of(w) == "w4g32":
+        q, s = unpack_w4g32(w[0], w[1], n, k)
+        values, scale = q.double(), s.double()  # [n, k], [n, G]
+    else:
+        stored, row_scale, zero = unpack_w8(w, n, k)
+        offset = W8_ZERO if zero is None else zero.double()[:, None]
+        values, scale = stored.double() - offset, row_scale.double()[:, None].expand(n, a.shape[-2])
+    values = F.pad(values, (0, -k % GROUP)).unflatten(-1, (-1, GROUP))  # [n, G, 32]
+    sums = torch.einsum("...gk,ngk->...ng", a.double(), values)  # exact integers
+    return (sums * a_scale.double().unsqueeze(-2) * scale).sum(-1)
+
+
+def rms_norm(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
+    """See `ops.py`. Same shape and dtype as x."""
+    return _norm(x, w, eps, offset).to(x.dtype)
+
+
+def linear(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
+    """See `ops.py`. [..., K] -> [..., n]."""
+    return _linear(x, w, bias, n).to(x.dtype)
+
+
+def embedding(ids: Tensor, w: list[Tensor], num_rows: int, k: int, dtype: torch.dtype) -> Tensor:
+    """See `ops.py`. ids [...] -> [..., k]."""
+    return F.embedding(ids, dequantize(w, num_rows, k)).to(dtype)
+
+
+def int8_qkv(
+    x: Tensor,
+    norm_w: Tensor | None,
+    norm_eps: float | None,
+    norm_offset: float,
+    wq: list[Tensor],
+    wk: list[Tensor],
+    wv: list[Tensor],
+    bias: list[Tensor],
+    q_norm_w: Tensor | None,
+    k_norm_w: Tensor | None,
+    qk_norm_eps: float | None,
+    qk_norm_offset: float,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `ops.py`. -> q [B, H, T, D], k and v [B, Hkv, T, D]."""
+    h = _norm(x, norm_w, norm_eps, norm_offset)
+    biases = bias or [None] * 3
+    out = []
+    for weights, b, count, w in zip((wq, wk, wv), biases, (heads, kv_heads, kv_heads), (q_norm_w, k_norm_w, None), strict=True):
+        y = _linear(_as_input(h, weights, x), weights, b, count * head_dim)
+        out.append((y.unflatten(-1, (count, head_dim)).transpose(1, 2), w))
+    q, k, v = (y if i == 2 else _rotate(_norm(y, w, qk_norm_eps, qk_norm_offset), cos, sin) for i, (y, w) in enumerate(out))
+    return q.to(x.dtype).contiguous(), k.to(x.dtype).contiguous(), v.to(x.dtype).contiguous()
+
+
+def int8_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    wo: list[Tensor],
+    bo: Tensor | None,
+    n: int,
+    post_w: Tensor | None,
+    post_eps: float | None,
+    post_offset: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """See `ops.py`. -> [B, T, n]."""
+    group = q.shape[1] // k.shape[1]
+    keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))
+    logits = q.double() @ keys.transpose(-1, -2) * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    allowed = torch.ones(logits.shape[-2:], dtype=torch.bool)
+    if causal:
+        allowed = allowed.tril(logits.shape[-1] - logits.shape[-2])
+    if mask is not None and mask.dtype == torch.bool:
+        allowed = allowed & mask
+    elif mask is not None:
+        logits = logits + mask.double()
+    weights = torch.nan_to_num(torch.softmax(logits.masked_fill(~allowed, -torch.inf), -1), nan=0.0)
+    joined = (weights @ values).transpose(1, 2).flatten(2)
+    return _finish(_linear(_as_input(joined, wo, q), wo, bo, n), post_w, post_eps, post_offset, residual, q.dtype)
+
+
+def int4_ffn(
+    x: Tensor,
+    norm_w: Tensor | None,
+    norm_eps: float | None,
+    norm_offset: float,
+    wg: list[Tensor],
+    wu: list[Tensor],
+    wd: list[Tensor],
+    bias: list[Tensor],
+    act: str,
+    f: int,
+    n: int,
+    post_w: Tensor | None,
+    post_eps: float | None,
+    post_offset: float,
+    residual: Tensor | None,
+) -> Tensor:
+    """See `ops.py`. [..., K] -> [..., n]."""
+    h = _norm(x, norm_w, norm_eps, norm_offset)
+    bg, bu, bd = bias or [None] * 3
+    gate, up = (_linear(_as_input(h, w, x), w, b, f) for w, b in ((wg, bg), (wu, bu)))
+    product = ACTIVATIONS[act](gate) * up
+    return _finish(_linear(_as_input(product, wd, x), wd, bd, n), post_w, post_eps, post_offset, residual, x.dtype)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    f.__name__: f for f in (linear, embedding, rms_norm, int8_qkv, int8_attention, int4_ffn)
+}
+
+
+class Interpreter(fx.Interpreter):
+    """Runs a compiled graph with every `unicorn::` op replaced by its reference."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(target, torch._ops.OpOverload) and target.namespace == "unicorn":
+            return FUNCTIONS[target._schema.name.split("::")[1]](*args, **kwargs)
+        return super().call_function(target, args, kwargs)
+
+
+def _as_input(h: Tensor, w: list[Tensor], x: Tensor) -> Tensor:
+    """What a projection reads: unrounded where it is quantized next, else in the dtype of x."""
+    return h.float() if scheme_of(w) != "float" else h.to(x.dtype)
+
+
+def _linear(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
+    y = matmul(x, w, n)
+    return y if bias is None else y + bias.double()
+
+
+def _norm(x: Tensor, w: Tensor | None, eps: float | None, offset: float) -> Tensor:
+    """fp64; x itself where eps is None."""
+    if eps is None:
+        return x
+    d = x.double()
+    d = d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + eps)
+    return d if w is None else d * (w.double() + offset)
+
+
+def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+    if cos is None or sin is None:
+        return x
+    half = x.shape[-1] // 2
+    swapped = torch.cat((-x[..., half:], x[..., :half]), -1)
+    return x.double() * cos.double().unsqueeze(1) + swapped.double() * sin.double().unsqueeze(1)
+
+
+def _finish(
+    y: Tensor, w: Tensor | None, eps: float | None, offset: float, residual: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    y = _norm(y, w, eps, offset)
+    return (y if residual is None else y + residual.double()).to(dtype)
