@@ -48,11 +48,11 @@ def decode(result: dict[str, Any]) -> str:
         for row in result["systems"]
     ]
     band, where = result["bandwidth"], result["provenance"]
+    machine = f"{where['cpu']}, {where['threads']} threads" + (", virtual machine" if where["virtual_machine"] else "")
     caption = (
         f"{result['model']}, {result['weights']} weights, {result['parameters'] / 1e6:,.0f} M parameters; prompt "
-        f"{result['prompt_tokens']}, {result['new_tokens']} new tokens; medians of {result['rounds']} interleaved rounds. "
-        f"{where['cpu']}, {where['threads']} threads{', virtual machine' if where['virtual_machine'] else ''}; "
-        f"memory read {band['before_gbps']:.1f} GB/s before and {band['after_gbps']:.1f} after."
+        f"{result['prompt_tokens']}, {result['new_tokens']} new tokens; medians of {result['rounds']} interleaved "
+        f"rounds. {machine}; memory read {band['before_gbps']:.1f} GB/s before and {band['after_gbps']:.1f} after."
     )
     return f"{caption}\n\n{table.markdown(header, rows)}"
 
