@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.fx import GraphModule
 
+from unicorn_backend.integration import transformers_hooks
 from unicorn_backend.integration.norms import fuse_norm_modules
 from unicorn_backend.options import Options
 from unicorn_backend.plan import Plan
@@ -37,6 +38,7 @@ class Session:
     """One `torch.compile` context: its options, and the modules it was applied to."""
 
     def __init__(self, options: Options) -> None:
+        transformers_hooks.install()
         self.options = options
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()

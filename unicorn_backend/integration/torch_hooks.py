@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend
+from torch.fx.experimental import _config as shape_config
 
 from unicorn_backend.integration import prepare
 from unicorn_backend.options import Options
@@ -68,6 +69,8 @@ def _hook_context() -> None:
         if kwargs.get("dynamic") is None:
             changes["assume_static_by_default"] = False
         self.enter_exit_hooks.append(config._make_closure_patcher(**changes))
+        # Two lengths that happen to be equal on the first call (a window and a full cache) are not the same length.
+        self.enter_exit_hooks.append(shape_config._make_closure_patcher(use_duck_shape=False))
         self.enter_exit_hooks.append(self._unicorn_session.enter)
 
     @functools.wraps(plain_call)
