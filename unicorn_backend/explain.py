@@ -28,7 +28,9 @@ class Explanation:
     note: str = ""
 
     def to_json(self) -> str:
-        return json.dumps({"model": self.model, "note": self.note, "plans": [dataclasses.asdict(p) for p in self.plans]})
+        return json.dumps(
+            {"model": self.model, "note": self.note, "plans": [dataclasses.asdict(p) for p in self.plans]}
+        )
 
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.plans)} compiled graph(s)" + (f" ({self.note})" if self.note else "")]
@@ -117,4 +119,6 @@ def _left(plan: Plan) -> list[str]:
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]

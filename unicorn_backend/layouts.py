@@ -16,7 +16,7 @@ W8_ZERO = 128  # byte that stands for the value 0 in w8c
 
 
 def scheme_of(weights: list[Tensor]) -> str:
-    """"float", "w4g32", "w8c" or "w8a", from the list's length and shapes."""
+    """ "float", "w4g32", "w8c" or "w8a", from the list's length and shapes."""
     if len(weights) == 1:
         return "float"
     if len(weights) == 3:
@@ -26,7 +26,7 @@ def scheme_of(weights: list[Tensor]) -> str:
 
 def pack_w4g32(q: Tensor, s: Tensor) -> list[Tensor]:
     """int8 `q` [N, K] in -8..7 and fp16 `s` [N, ceil(K/32)] -> [w, s] of the contract."""
-    n, k = q.shape
+    _n, _k = q.shape
     nibbles = _pad(q.to(torch.int16) + W4_ZERO, W4_ZERO).to(torch.uint8)
     n16, k32 = nibbles.shape[0] // ROWS, nibbles.shape[1] // GROUP
     tiles = nibbles.view(n16, ROWS, k32, 4, 2, 4)  # [i, r, g, c, half, j]

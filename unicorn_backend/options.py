@@ -36,7 +36,9 @@ class Options:
         from unicorn_backend.quantize.recipe import recipes
 
         if self.recipe is not None and self.recipe not in recipes():
-            raise OptionError(f"option 'recipe': got {self.recipe!r}, allowed are None, {', '.join(map(repr, recipes()))}")
+            raise OptionError(
+                f"option 'recipe': got {self.recipe!r}, allowed are None, {', '.join(map(repr, recipes()))}"
+            )
         object.__setattr__(self, "devices", (self.devices,) if isinstance(self.devices, str) else tuple(self.devices))
         if unknown := [d for d in self.devices if d not in DEVICES]:
             raise OptionError(f"option 'devices': got {unknown[0]!r}, allowed are {', '.join(DEVICES)}")

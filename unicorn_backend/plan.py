@@ -53,5 +53,5 @@ class Plan:
         torch_ops = sum(self.torch_ops.values())
         return (
             f"graph {self.graph} (tokens {self.tokens}): {taken}; {self.weight_bytes / 1e6:.1f} MB of weights per "
-            f"call; {torch_ops} plain torch ops; {len(self.left)} left with a reason" + (f"; {self.note}" if self.note else "")
+            f"call; {torch_ops} plain torch ops; {len(self.left)} left with a reason{'; ' * bool(self.note)}{self.note}"
         )

@@ -88,10 +88,14 @@ def int8_qkv(
     h = _norm(x, norm_w, norm_eps, norm_offset)
     biases = bias or [None] * 3
     out = []
-    for weights, b, count, w in zip((wq, wk, wv), biases, (heads, kv_heads, kv_heads), (q_norm_w, k_norm_w, None), strict=True):
+    for weights, b, count, w in zip(
+        (wq, wk, wv), biases, (heads, kv_heads, kv_heads), (q_norm_w, k_norm_w, None), strict=True
+    ):
         y = _linear(_as_input(h, weights, x), weights, b, count * head_dim)
         out.append((y.unflatten(-1, (count, head_dim)).transpose(1, 2), w))
-    q, k, v = (y if i == 2 else _rotate(_norm(y, w, qk_norm_eps, qk_norm_offset), cos, sin) for i, (y, w) in enumerate(out))
+    q, k, v = (
+        y if i == 2 else _rotate(_norm(y, w, qk_norm_eps, qk_norm_offset), cos, sin) for i, (y, w) in enumerate(out)
+    )
     return q.to(x.dtype).contiguous(), k.to(x.dtype).contiguous(), v.to(x.dtype).contiguous()
 
 

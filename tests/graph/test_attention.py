@@ -46,7 +46,9 @@ class Block(nn.Module):
         x = x.transpose(1, 2)
         return rms(x, w) if self.qk_norm == "after" and w is not None else x
 
-    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, mask: torch.Tensor | None = None
+    ) -> torch.Tensor:
         normed = rms(x, self.norms[0])
         parts = self.qkv(normed).split(self.sizes, -1) if self.qkv is not None else [p(normed) for p in self.p]
         q, k, v = (self.heads(part, w) for part, w in zip(parts, (self.norms[1], self.norms[2], None), strict=True))
@@ -60,7 +62,9 @@ class Block(nn.Module):
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
         if not self.eager:
             return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=self.causal, enable_gqa=True)
-        k, v = (t[:, :, None].expand(-1, -1, HEADS // KV, -1, -1).reshape(t.shape[0], HEADS, t.shape[2], D) for t in (k, v))
+        k, v = (
+            t[:, :, None].expand(-1, -1, HEADS // KV, -1, -1).reshape(t.shape[0], HEADS, t.shape[2], D) for t in (k, v)
+        )
         logits = torch.matmul(q, k.transpose(2, 3)) * D**-0.5
         if self.softcap:
             logits = torch.tanh(logits / self.softcap) * self.softcap
@@ -113,7 +117,7 @@ def test_eager_attention_with_softcap_and_mask(softcap: float, masked: bool) -> 
 
 
 def test_causal_flag_is_kept() -> None:
-    gm, match, _ = trace(Block(causal=True), *inputs())[0]
+    gm, _match, _ = trace(Block(causal=True), *inputs())[0]
     assert find(gm, torch.ops.unicorn.int8_attention.default).args[4] is True
 
 

@@ -98,7 +98,11 @@ def product_read_twice(x: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> tor
 
 @pytest.mark.parametrize(
     ("fn", "text"),
-    [(ungated, "not gated"), (other_input, "not a projection of the same input"), (product_read_twice, "one projection")],
+    [
+        (ungated, "not gated"),
+        (other_input, "not a projection of the same input"),
+        (product_read_twice, "one projection"),
+    ],
 )
 def test_what_is_left_has_a_reason(fn: object, text: str) -> None:
     _, match, _ = trace(fn, torch.randn(2, 3, H), torch.randn(WIDTH, H), torch.randn(H, WIDTH))[0]  # type: ignore[arg-type]

@@ -35,7 +35,9 @@ def power_of_minus_half(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
     return (f * torch.pow(f.pow(2).mean(dim=-1, keepdim=True) + EPS, -0.5) * w).to(x.dtype)
 
 
-@pytest.mark.parametrize(("norm", "offset"), [(gemma, 1.0), (llama, 0.0), (squared_by_product, 0.0), (power_of_minus_half, 0.0)])
+@pytest.mark.parametrize(
+    ("norm", "offset"), [(gemma, 1.0), (llama, 0.0), (squared_by_product, 0.0), (power_of_minus_half, 0.0)]
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_rms_norm_is_one_op(norm: Norm, offset: float, dtype: torch.dtype) -> None:
     gm, _, _ = trace(norm, torch.randn(2, 3, D, dtype=dtype), torch.nn.Parameter(torch.randn(D, dtype=dtype)))[0]
@@ -73,5 +75,5 @@ def test_what_is_no_rms_norm_stays(fn: Norm) -> None:
 
 
 def test_layer_norm_keeps_its_mean() -> None:
-    gm, _, inputs = trace(layer_norm, torch.randn(3, D), torch.nn.Parameter(torch.randn(D)))[0]
+    gm, _, _inputs = trace(layer_norm, torch.randn(3, D), torch.nn.Parameter(torch.randn(D)))[0]
     assert any(n.target is torch.ops.aten.sub.Tensor for n in gm.graph.nodes)

@@ -13,7 +13,9 @@ from unicorn_backend.graph.region import Match
 from unicorn_backend.graph.rewrite import rewrite
 
 
-def trace(fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **kwargs: Any) -> list[tuple[GraphModule, Match, list[Any]]]:
+def trace(
+    fn: Callable[..., Any], *inputs: Any, dynamic: bool | None = None, **kwargs: Any
+) -> list[tuple[GraphModule, Match, list[Any]]]:
     """Every graph of one call: (rewritten graph, what was matched, its example inputs)."""
     found: list[tuple[GraphModule, Match, list[Any]]] = []
 

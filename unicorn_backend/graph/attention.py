@@ -17,6 +17,7 @@ from unicorn_backend.graph.ffn import whole_of
 from unicorn_backend.graph.pattern import (
     CASTS,
     COPIES,
+    SPLITS,
     TRANSPOSES,
     VIEWS,
     Linear,
@@ -38,6 +39,7 @@ from unicorn_backend.graph.pattern import (
 from unicorn_backend.graph.region import Attention, Match, Qkv, rows_fit
 
 SDPA = aten.scaled_dot_product_attention.default
+ROTARY = (aten.mul.Tensor, aten.slice.Tensor, aten.neg.default, aten.cat.default, aten.add.Tensor)
 
 
 @dataclass(frozen=True)
@@ -191,16 +193,15 @@ def _output_side(core: _Core) -> Attention | str:
         return f"its output goes into {name}, not straight into one projection"
     b, h, t, d = shape(core.node)
     expected = (b, t, h * d)
-    if swaps != 1 or len(shape(node)) != 3 or not all(same_size(x, y) for x, y in zip(shape(node), expected, strict=True)):
+    joined = len(shape(node)) == 3 and all(same_size(x, y) for x, y in zip(shape(node), expected, strict=True))
+    if swaps != 1 or not joined:
         return "its heads are not joined as [B, T, H * D]"
     if bad := _bad_heads(core):
         return bad
     dropout = only_user(out.node)
     last = dropout if dropout is not None and is_op(dropout, aten.dropout.default) else out.node
     tail = tail_of(last)
-    return Attention(
-        core.node, core.q, core.k, core.v, core.mask, core.causal, core.scale, core.softcap, out, tail
-    )
+    return Attention(core.node, core.q, core.k, core.v, core.mask, core.causal, core.scale, core.softcap, out, tail)
 
 
 def _bad_heads(core: _Core) -> str | None:
@@ -277,7 +278,7 @@ def _row_ranges(node: Node) -> list[Linear]:
     """The parts into which all users cut `node` along its last dimension; [] if it is used whole."""
     parts: list[Linear] = []
     for user in node.users:
-        cuts = list(user.users) if is_op(user, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default) else [user]
+        cuts = list(user.users) if is_op(user, *SPLITS) else [user]
         for cut in cuts:
             part = as_linear(cut) if row_range(cut) is not None else None
             if part is None:
@@ -346,7 +347,7 @@ def _reads_only(x: Node, out: Node | None) -> bool:
         if node is out or node in seen:
             continue
         seen.add(node)
-        if not node.users or not is_op(node, aten.mul.Tensor, aten.slice.Tensor, aten.neg.default, aten.cat.default, aten.add.Tensor):
+        if not node.users or not is_op(node, *ROTARY):
             return False
         stack += list(node.users)
     return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os.path
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -49,7 +48,8 @@ def _step(node: Node, names: dict[Node, str]) -> Step:
     # an embedding reads one row per token, not its table
     read = 0 if kind in ("embedding", "norm") else sum(_bytes(w) for weights in lists for w in weights)
     flat = [w for weights in lists for w in weights]
-    return Step(kind, _where(flat, names, node), str(node.target).replace(".default", "").replace(".", "::"), "cpu", schemes, read)
+    op = str(node.target).removesuffix(".default").replace(".", "::")
+    return Step(kind, _where(flat, names, node), op, "cpu", schemes, read)
 
 
 def scheme(weights: list[Node]) -> str:
@@ -77,7 +77,9 @@ def _where(weights: list[Node], names: dict[Node, str], node: Node) -> str:
     paths = [path.rpartition(".")[0] for path in sources if path]
     if not paths:
         return node.name
-    return paths[0] if len(set(paths)) == 1 else os.path.commonprefix([p + "." for p in paths]).rpartition(".")[0]
+    split = [path.split(".") for path in paths]
+    common = [keys[0] for keys in zip(*split, strict=False) if len(set(keys)) == 1]
+    return ".".join(common) or paths[0]
 
 
 def _source(node: Node) -> Node:

@@ -6,6 +6,7 @@ linears around it. No class or parameter name is looked at, only operators and s
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -21,6 +22,7 @@ unicorn = torch.ops.unicorn
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
 TRANSPOSES = (aten.transpose.int, aten.permute.default)
 CASTS = (aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default, aten.type_as.default)
+SPLITS = (aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes)
 COPIES = (aten.contiguous.default, aten.clone.default, aten.alias.default, aten.detach.default)
 
 T = TypeVar("T")
@@ -179,7 +181,7 @@ def row_range(node: Any) -> tuple[Node, int, int] | None:
         return None if first is None or last is None else (base, first, last)
     if node_is_getitem(node):
         parts = node.args[0]
-        if is_op(parts, aten.chunk.default, aten.split.Tensor, aten.split_with_sizes.default, aten.split.sizes):
+        if is_op(parts, *SPLITS):
             base = parts.args[0]
             dim = parts.args[2] if len(parts.args) > 2 else parts.kwargs.get("dim", 0)
             sizes = [static(part.shape[-1]) for part in value(parts)]
@@ -192,8 +194,6 @@ def row_range(node: Any) -> tuple[Node, int, int] | None:
 
 
 def node_is_getitem(node: Any) -> bool:
-    import operator
-
     return is_op(node, operator.getitem) and isinstance(node.args[0], Node) and isinstance(node.args[1], int)
 
 
@@ -223,7 +223,9 @@ def tail_of(linear: Node) -> Tail:
     if user is None or not is_op(user, aten.add.Tensor) or user.kwargs.get("alpha", 1) != 1:
         return tail
     other = user.args[1] if user.args[0] is tail.out else user.args[0]
-    if isinstance(other, Node) and other is not tail.out and same_shape(other, tail.out) and _same_dtype(other, tail.out):
+    if not isinstance(other, Node) or other is tail.out:
+        return tail
+    if same_shape(other, tail.out) and _same_dtype(other, tail.out):
         tail.residual, tail.out = other, user
     return tail
 

@@ -79,12 +79,12 @@ def _is_no_op(node: Node) -> bool:
         return node.args[2] is False or node.args[1] == 0.0
     if is_op(node, aten.detach.default, aten.alias.default, aten.lift_fresh.default):
         return isinstance(node.args[0], Node)
-    if is_op(node, aten.to.dtype, aten.to.device, aten.type_as.default) and isinstance(value(node.args[0]), torch.Tensor):
+    if is_op(node, aten.to.dtype, aten.to.device, aten.type_as.default):
         before, after = value(node.args[0]), value(node)
         copy = node.kwargs or any(arg is True for arg in node.args)
         return not copy and (before.dtype, before.device) == (after.dtype, after.device)
     if is_op(node, aten.slice.Tensor):
-        dim, first, last, step = (*node.args[1:], *(0, None, None, 1)[len(node.args) - 1 :])
+        first, last, step = (*node.args[2:], *(None, None, 1)[max(len(node.args) - 2, 0) :])
         return first in (0, None) and step == 1 and _is_end(last) and same_shape(node, node.args[0])
     return False
 

@@ -98,7 +98,9 @@ def _recipe_for(root: nn.Module, options: Options) -> str | None:
         return options.recipe
     yes, reason = is_language_model(root)
     if not yes:
-        _notes[root] = f"not a language model ({reason}): weights left as they are; options={{'recipe': ...}} forces one"
+        _notes[root] = (
+            f"not a language model ({reason}): weights left as they are (options={{'recipe': ...}} forces one)"
+        )
         return None
     return "default"
 

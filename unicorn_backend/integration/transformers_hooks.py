@@ -68,9 +68,14 @@ def _last_rows_fake(x: Tensor, count: int) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], torch.sym_min(x.shape[2], count), x.shape[3]))
 
 
-for _function in (_push_window, _window_cat, _set_window, _last_rows):
-    _name = {"_push_window": "push_window_", "_set_window": "set_window_"}.get(_function.__name__, _function.__name__[1:])
-    torch.library.impl(ops.LIBRARY, _name, "CompositeExplicitAutograd")(_function)
+_KERNELS = {
+    "push_window_": _push_window,
+    "window_cat": _window_cat,
+    "set_window_": _set_window,
+    "last_rows": _last_rows,
+}
+for _name, _kernel in _KERNELS.items():
+    torch.library.impl(ops.LIBRARY, _name, "CompositeExplicitAutograd")(_kernel)
 torch.library.register_fake("unicorn::push_window_", lambda cache, new, seen: None, lib=ops.LIBRARY)
 torch.library.register_fake("unicorn::set_window_", lambda cache, full: None, lib=ops.LIBRARY)
 torch.library.register_fake("unicorn::window_cat", _window_cat_fake, lib=ops.LIBRARY)
@@ -86,9 +91,10 @@ def install() -> bool:
     dynamic, static = caches.DynamicSlidingWindowLayer, caches.StaticSlidingWindowLayer
     new_dynamic = type("_Dynamic", (dynamic,), _dynamic_methods())
     new_static = type("_Static", (static,), _static_methods())
-    if not (_agrees(lambda: dynamic(4), lambda: new_dynamic(4)) and _agrees(lambda: static(9, 4), lambda: new_static(9, 4))):
+    same_dynamic = _agrees(lambda: dynamic(4), lambda: new_dynamic(4))
+    if not (same_dynamic and _agrees(lambda: static(9, 4), lambda: new_static(9, 4))):
         log.warning(
-            "transformers %s changed its sliding-window caches: expect up to 4 more compiled graphs when a window fills",
+            "transformers %s changed its sliding-window caches: expect up to 4 more graphs when a window fills",
             sys.modules["transformers"].__version__,
         )
         return False
