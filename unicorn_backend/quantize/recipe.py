@@ -1,0 +1,156 @@
+"""Recipes: which scheme each weight gets, by rules on module names.
+
+A recipe is an ordered list of rules and the first one that fits decides. Rules are data, so a recipe
+with overrides travels as JSON in the checkpoint and decides the same when it is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from unicorn_backend.errors import CheckpointError, OptionError
+
+VERSION = 1
+NONE = "none"
+FLOAT = "float"
+SCHEMES = ("w4g32", "w8c", "w8a")
+KINDS = ("any", "linear", "narrow", "embedding")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`scheme` for modules of a kind whose dotted name contains the regular expression `pattern`.
+
+    kind: "linear", "narrow" (a linear with fewer outputs than inputs), "embedding" or "any".
+    scheme: "w4g32", "w8c", "w8a", or "float" to leave the weight as it is; then `why` says why.
+    """
+
+    kind: str
+    pattern: str
+    scheme: str
+    why: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise OptionError(f"rule kind: got {self.kind!r}, allowed are {', '.join(KINDS)}")
+        if self.scheme not in (*SCHEMES, FLOAT):
+            raise OptionError(f"scheme of rule {self.pattern!r}: got {self.scheme!r}, allowed are {_SCHEMES_TEXT}")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise OptionError(f"rule {self.pattern!r} is not a regular expression: {error}") from error
+
+    def fits(self, name: str, module: nn.Module) -> bool:
+        """True if this rule decides about `module` called `name`."""
+        return _is_kind(self.kind, module) and _compiled(self.pattern).search(name) is not None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A named, ordered list of rules; the first that fits decides."""
+
+    name: str
+    rules: tuple[Rule, ...]
+
+    @classmethod
+    def named(cls, recipe: str | Recipe) -> Recipe:
+        """The recipe of that name (`recipes()` lists them). Raises OptionError for an unknown one."""
+        if isinstance(recipe, Recipe):
+            return recipe
+        if recipe not in _RULES:
+            raise OptionError(f"recipe: got {recipe!r}, allowed are {', '.join(map(repr, recipes()))}")
+        return cls(recipe, _RULES[recipe])
+
+    def scheme_for(self, name: str, module: nn.Module) -> str | None:
+        """Scheme of the weight of `module`, or None to leave it in its float type."""
+        return self.decide(name, module)[0]
+
+    def decide(self, name: str, module: nn.Module) -> tuple[str | None, str]:
+        """(scheme, "") or (None, why the weight is left in its float type)."""
+        for rule in self.rules:
+            if rule.fits(name, module):
+                if rule.scheme == FLOAT:
+                    return None, rule.why or f"rule {rule.pattern!r}"
+                return rule.scheme, ""
+        return None, f"recipe {self.name!r} has no rule for it"
+
+    def with_overrides(self, overrides: Mapping[str, str | None]) -> Recipe:
+        """A recipe that asks `overrides` (regular expression -> scheme, None for float) first."""
+        if not overrides:
+            return self
+        first = tuple(Rule("any", pattern, scheme or FLOAT, "left by the caller") for pattern, scheme in overrides.items())
+        return Recipe(self.name, (*first, *self.rules))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; `from_dict` is the inverse."""
+        return {"version": VERSION, "name": self.name, "rules": [dataclasses.asdict(rule) for rule in self.rules]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Recipe:
+        """Inverse of `to_dict`. Raises CheckpointError for a newer version or a damaged dict."""
+        version = data.get("version")
+        if not isinstance(version, int) or version < 1:
+            raise CheckpointError(f"quantization recipe: got version {version!r}, expected 1 to {VERSION}; is config.json intact?")
+        if version > VERSION:
+            raise CheckpointError(
+                f"quantization recipe of version {version}; this unicorn_backend reads up to {VERSION}: "
+                "upgrade it (pip install -U unicorn_backend)"
+            )
+        try:
+            return cls(str(data["name"]), tuple(Rule(**rule) for rule in data["rules"]))
+        except (KeyError, TypeError, OptionError) as error:
+            raise CheckpointError(f"quantization recipe in config.json is damaged: {error}") from error
+
+
+def recipes() -> tuple[str, ...]:
+    """Names of the built-in recipes."""
+    return tuple(_RULES)
+
+
+def _is_kind(kind: str, module: nn.Module) -> bool:
+    if kind == "any":
+        return True
+    if kind == "embedding":
+        return isinstance(module, nn.Embedding)
+    return isinstance(module, nn.Linear) and (kind == "linear" or module.out_features < module.in_features)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(pattern)
+
+
+_SCHEMES_TEXT = ", ".join((*SCHEMES, FLOAT))
+
+# Names of the modules of transformers 5 (Gemma 2 to 4, Llama, Qwen, Mistral, Phi, GPT-2 style).
+_LEFT = (
+    # Quantized vision towers cost OCR quality (optimum-intel issue 1241), and they run once per image.
+    Rule("any", r"vision|visual|image|audio|multi_?modal|(^|\.)mm_", FLOAT, "vision, audio and projector weights stay float"),
+    # A wrong expert is a wrong function; routers are below 0.1 % of the bytes.
+    Rule("narrow", r"router|(^|\.)(\w+_)?gate$", FLOAT, "routers and gates stay float"),
+    Rule("linear", r"(^|\.)altup\.", FLOAT, "mixing coefficients, read as a weight by their owner"),
+    Rule("embedding", r"(^|[._])(wpe|pos|position|positions|positional)([._]|$)", FLOAT, "position tables stay float"),
+)
+_ATTENTION = r"attn|attention|(^|\.)([qkvo]|qkv|query|key|value|out)_?proj$|(^|\.)w[qkvo]$"
+_FFN = r"mlp|ffn|feed_?forward|expert|(^|\.)(gate|up|down|gate_up|fc1|fc2|fc_in|fc_out|c_fc|w1|w2|w3)(_proj)?$"
+_TABLE = Rule("embedding", "", "w8a")
+
+_RULES: dict[str, tuple[Rule, ...]] = {
+    "default": (
+        *_LEFT,
+        _TABLE,
+        Rule("linear", _ATTENTION, "w8c"),
+        Rule("linear", _FFN, "w4g32"),
+        Rule("linear", "", "w8c"),
+    ),
+    "q4": (*_LEFT, _TABLE, Rule("linear", "", "w4g32")),
+    "int8": (*_LEFT, _TABLE, Rule("linear", "", "w8c")),
+    NONE: (Rule("any", "", FLOAT, "recipe 'none'"),),
+}

@@ -1,0 +1,297 @@
+"""Quantize a model in place: walk, check every weight, then replace them one by one.
+
+A weight that cannot be quantized (NaN, Inf, a meta tensor) is found before the first one is touched,
+by a scan that reads memory once (about 5 % of the time), so an error leaves the model as it was. Each
+float weight is let go before the next one is packed: the peak is the float model plus one packed weight.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from unicorn_backend.errors import OptionError, QuantizationError
+from unicorn_backend.layouts import dequantize
+from unicorn_backend.quantize.modules import (
+    QuantEmbedding,
+    QuantLinear,
+    pack_module,
+    refusal,
+    unpack_module,
+)
+from unicorn_backend.quantize.recipe import FLOAT, SCHEMES, Recipe, recipes
+from unicorn_backend.quantize.schemes import quantize_weight
+from unicorn_backend.quantize.structure import is_language_model
+
+__all__ = ["is_language_model", "quantization_report", "quantize", "recipes", "restore"]
+
+PROGRESS_BYTES = 1_000_000_000  # below it a model is done before a bar can be read
+
+Rules = Mapping[str, str | None] | Callable[[str, nn.Module], str | None]
+
+
+@dataclass
+class Job:
+    """One weight to pack, and the modules that share it (the first one saves it)."""
+
+    weight: nn.Parameter
+    scheme: str
+    users: list[tuple[str, nn.Module]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class ModuleReport:
+    """What happened to one weight [N, K]. `scheme` "float": left, `reason` says why.
+
+    bytes_after is 0 for the second user of a shared weight; sqnr_db needs keep_weights.
+    """
+
+    name: str
+    scheme: str
+    shape: tuple[int, int]
+    bytes_before: int
+    bytes_after: int
+    sqnr_db: float | None = None
+    reason: str = ""
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe = "default",
+    *,
+    keep_weights: bool = False,
+    progress: bool | None = None,
+    rules: Rules | None = None,
+) -> nn.Module:
+    """Quantize the weights of `model` in place, for inference, and return it.
+
+    recipe: a name from `recipes()`, or a `Recipe`.
+    keep_weights: keep the float weights too, for `restore` (costs their memory).
+    progress: show a bar; None shows one from 1 GB on.
+    rules: overrides, asked before the recipe: {regular expression on the module name: scheme, or None
+        to leave it float}, or a function (name, module) -> scheme, "float", or None for no opinion.
+
+    With the recipe it already has, a quantized model stays as it is. Raises OptionError (unknown
+    recipe or scheme) and QuantizationError (NaN or Inf, meta tensors, or already quantized
+    differently); the model is unchanged then.
+    """
+    chosen = resolve(model, recipe, rules)
+    jobs, _ = plan(model, chosen)
+    _refuse_changes(model, chosen)
+    _check_weights(jobs)
+    total = sum(job.weight.nbytes for job in jobs)
+    hidden = total < PROGRESS_BYTES if progress is None else not progress
+    queue = deque(jobs)
+    del jobs
+    with tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar:
+        while queue:
+            bar.update(run(queue.popleft(), keep_weights))
+    _mark(model, chosen)
+    return model
+
+
+def resolve(model: nn.Module, recipe: str | Recipe, rules: Rules | None = None) -> Recipe:
+    """The recipe with the overrides; a function is asked once per module and becomes plain rules."""
+    chosen = Recipe.named(recipe)
+    if rules is None:
+        return chosen
+    if isinstance(rules, Mapping):
+        return chosen.with_overrides(rules)
+    answers: dict[str, str | None] = {}
+    for name, module in _candidates(model):
+        answer = rules(name, module)
+        if answer is not None and answer not in (*SCHEMES, FLOAT):
+            raise OptionError(f"rules({name!r}, ...) returned {answer!r}, allowed are {', '.join((*SCHEMES, FLOAT))}, None")
+        if answer is not None:
+            answers[f"^{name.replace('.', chr(92) + '.')}$"] = answer
+    return chosen.with_overrides(answers)
+
+
+def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Job], dict[str, str]]:
+    """(weights to pack, {module name: why its weight is left}). Reads nothing; works on meta too.
+
+    A weight with several users is packed only if all of them can use it packed, with the scheme of
+    the embedding among them: a tied head reads the embedding's table.
+    """
+    users: dict[Any, list[tuple[str, nn.Module, nn.Parameter]]] = defaultdict(list)
+    for name, module in model.named_modules():
+        for attribute, parameter in module._parameters.items():
+            if parameter is not None and (attribute == "weight" or parameter.dim() == 2):
+                users[_identity(parameter)].append((name, module, parameter))
+    jobs, left = [], {}
+    for group in users.values():
+        if not any(isinstance(module, (nn.Linear, nn.Embedding)) for _, module, _ in group):
+            continue
+        scheme, reason = _decide(group, recipe)
+        if scheme is None:
+            left.update({name: reason for name, _, _ in group})
+        else:
+            jobs.append(Job(group[0][2], scheme, _embedding_first(group)))
+    return jobs, left
+
+
+def run(job: Job, keep: bool = False) -> int:
+    """Pack one weight and change its modules. Returns the bytes of the float weight."""
+    packed = pack_weight(job.weight.detach(), job.scheme, job.users[0][0])
+    for i, (_, module) in enumerate(job.users):
+        pack_module(module, packed, keep=keep, owner=i == 0)
+    return job.weight.nbytes
+
+
+def pack_weight(weight: Tensor, scheme: str, name: str) -> list[Tensor]:
+    """`quantize_weight` with errors that name the module."""
+    try:
+        return quantize_weight(weight, scheme)
+    except ValueError as error:
+        raise QuantizationError(_bad_weight(name, weight)) from error
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Put the float weights back that `quantize(..., keep_weights=True)` kept. Parameters stay frozen.
+
+    Raises QuantizationError, before anything changes, if a module has none.
+    """
+    packed = [(name, m) for name, m in model.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))]
+    if not packed:
+        raise QuantizationError("restore: the model has no quantized modules")
+    if missing := [name for name, m in packed if m.float_weight is None]:
+        raise QuantizationError(
+            f"restore: the float weight of {missing[0]!r} was not kept ({len(missing)} of {len(packed)} modules); "
+            "quantize with keep_weights=True, or load the float checkpoint"
+        )
+    for _, module in packed:
+        weight = module.float_weight
+        assert weight is not None
+        unpack_module(module, weight)
+    model.__dict__.pop("_unicorn_recipe", None)
+    for inner in _pretrained(model):
+        _hf().detach(inner)
+    return model
+
+
+def quantization_report(model: nn.Module) -> list[ModuleReport]:
+    """One entry per Linear and Embedding, in module order."""
+    recipe: Recipe | None = getattr(model, "_unicorn_recipe", None)
+    left = plan(model, recipe)[1] if recipe else {}
+    seen: set[int] = set()
+    report = []
+    for name, module in _candidates(model):
+        tensors = module.packed if isinstance(module, (QuantLinear, QuantEmbedding)) else [module.weight]
+        first = tensors[0].data_ptr() not in seen
+        seen.add(tensors[0].data_ptr())
+        report.append(_report_one(name, module, tensors, first, left.get(name, "not quantized")))
+    return report
+
+
+def _report_one(name: str, module: Any, tensors: list[Tensor], first: bool, reason: str) -> ModuleReport:
+    weight = module.weight
+    shape = (int(weight.shape[0]), int(weight.shape[-1]))
+    before = weight.numel() * weight.dtype.itemsize if first else 0
+    after = sum(t.nbytes for t in tensors) if first else 0
+    if not isinstance(module, (QuantLinear, QuantEmbedding)):
+        return ModuleReport(name, FLOAT, shape, before, after, reason=reason)
+    kept = module.float_weight
+    quality = None if kept is None else sqnr_db(kept.detach(), tensors)
+    return ModuleReport(name, module.scheme, shape, before, after, quality, "" if first else "shares its table")
+
+
+def sqnr_db(weight: Tensor, packed: list[Tensor]) -> float:
+    """Signal to quantization noise of a packed weight against its float original, in dB (inf if exact)."""
+    w = weight.double()
+    noise = (w - dequantize(packed, w.shape[0], w.shape[1]).double()).pow(2).sum()
+    return float(10 * torch.log10(w.pow(2).sum() / noise))
+
+
+def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            yield name, module
+
+
+def _identity(parameter: nn.Parameter) -> Any:
+    """Equal for parameters that are the same memory; meta tensors have none, there the object counts."""
+    return id(parameter) if parameter.is_meta else (parameter.data_ptr(), parameter.shape, parameter.stride())
+
+
+def _decide(group: list[tuple[str, nn.Module, nn.Parameter]], recipe: Recipe) -> tuple[str | None, str]:
+    """Scheme of a weight with these users, or None and the reason."""
+    schemes = []
+    for name, module, _ in group:
+        if not isinstance(module, (nn.Linear, nn.Embedding)):
+            return None, f"shared with {name}, which cannot use it packed"
+        scheme, reason = recipe.decide(name, module)
+        reason = reason or refusal(module) or ""
+        if scheme is None or reason:
+            return None, reason if len(group) == 1 else f"{name}: {reason}"
+        schemes.append((isinstance(module, nn.Embedding), scheme))
+    return max(schemes, key=lambda pair: pair[0])[1], ""
+
+
+def _embedding_first(group: list[tuple[str, nn.Module, nn.Parameter]]) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m, _ in sorted(group, key=lambda user: not isinstance(user[1], nn.Embedding))]
+
+
+def _refuse_changes(model: nn.Module, recipe: Recipe) -> None:
+    """QuantizationError if a module is quantized otherwise than `recipe` says."""
+    packed = [(name, m) for name, m in model.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))]
+    wanted_by_table: dict[int, str] = {}
+    for name, module in sorted(packed, key=lambda pair: isinstance(pair[1], nn.Linear)):  # the embedding decides
+        wanted = wanted_by_table.setdefault(module.weight_packed.data_ptr(), recipe.scheme_for(name, module) or FLOAT)
+        if wanted != module.scheme:
+            raise QuantizationError(
+                f"{name} is already quantized to {module.scheme}; recipe {recipe.name!r} wants {wanted}. "
+                "Load the float checkpoint (or restore() if the weights were kept) to change the recipe."
+            )
+
+
+def _check_weights(jobs: list[Job]) -> None:
+    """QuantizationError for weights that are on meta, or hold NaN or Inf."""
+    for job in jobs:
+        if job.weight.is_meta:
+            raise QuantizationError(
+                f"{job.users[0][0]}.weight is on the meta device (no values): load the weights before quantizing, "
+                "or quantize while loading with from_pretrained(..., quantization_config=UnicornConfig())"
+            )
+    for job in jobs:
+        if torch.ops.unicorn.count_nonfinite(job.weight.detach()):
+            raise QuantizationError(_bad_weight(job.users[0][0], job.weight.detach()))
+
+
+def _bad_weight(name: str, weight: Tensor) -> str:
+    bad = torch.ops.unicorn.count_nonfinite(weight)
+    return (
+        f"{name}.weight has {bad} NaN or Inf among {weight.numel()} values {list(weight.shape)}: the checkpoint is "
+        "damaged or the model diverged. Repair the weight, or leave it float with rules={'" + name + "': None}"
+    )
+
+
+def _mark(model: nn.Module, recipe: Recipe) -> None:
+    """Inference only; and what transformers needs in order to save the model."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.__dict__["_unicorn_recipe"] = recipe
+    for inner in _pretrained(model):
+        _hf().attach(inner, recipe)
+
+
+def _pretrained(model: nn.Module) -> list[Any]:
+    """The outermost transformers models in `model`, if transformers is in use at all."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return []
+    if isinstance(model, modeling.PreTrainedModel):
+        return [model]
+    return [found for child in model.children() for found in _pretrained(child)]
+
+
+def _hf() -> Any:
+    from unicorn_backend.integration import hf_quantizer
+
+    return hf_quantizer

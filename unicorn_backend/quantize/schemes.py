@@ -1,0 +1,155 @@
+"""The mathematics of the schemes: quantize a float weight straight into its packed layout.
+
+`unicorn::quantize_<scheme>` takes a float weight [N, K] (bf16, fp16 or fp32) and returns the packed
+tensors of the contract (`ops.py`). The functions here define every result to the last bit (fp32, one
+rounding per written operation, sums over k in ascending order); the native kernels in
+`ops/quantize.cpp` do the same operations on 16 rows at a time. A NaN or Inf raises ValueError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from unicorn_backend.errors import OptionError
+from unicorn_backend.layouts import GROUP, ROWS, W8_ZERO, pack_w4g32, pack_w8
+from unicorn_backend.ops import LIBRARY
+from unicorn_backend.quantize.recipe import SCHEMES
+
+# Factors of the w4g32 search: the group's largest |w| is mapped to each of these, for both signs of
+# the scale. Relative error on N(0,1): 8 factors 8.10 %, 15 factors 8.09 %, 61 factors 8.09 %, and
+# 8.62 % for the single factor 8 of ggml's Q4_0. A finer search only costs time.
+FACTORS = tuple(6.25 + 0.375 * i for i in range(8))  # 6.25 .. 8.875, exact in fp32
+
+MIN_AMAX = 2.0**-100  # below it a weight counts as zero: its reciprocal stays finite and normal
+MAX_SCALE = 65504.0  # largest fp16
+
+LIBRARY.define("quantize_w4g32(Tensor w) -> (Tensor, Tensor)")
+LIBRARY.define("quantize_w8c(Tensor w) -> (Tensor, Tensor)")
+LIBRARY.define("quantize_w8a(Tensor w) -> (Tensor, Tensor, Tensor)")
+
+# count_nonfinite: how many elements of a float tensor of any shape are NaN or Inf.
+LIBRARY.define("count_nonfinite(Tensor w) -> int")
+
+
+def quantize_weight(w: Tensor, scheme: str) -> list[Tensor]:
+    """Float weight [N, K] -> its packed tensors. Raises ValueError for NaN or Inf."""
+    if scheme == "w4g32":
+        return list(torch.ops.unicorn.quantize_w4g32(w))
+    if scheme == "w8c":
+        return list(torch.ops.unicorn.quantize_w8c(w))
+    if scheme == "w8a":
+        return list(torch.ops.unicorn.quantize_w8a(w))
+    raise OptionError(f"scheme: got {scheme!r}, allowed are {', '.join(SCHEMES)}")
+
+
+def empty_packed(n: int, k: int, scheme: str, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Uninitialised packed tensors for a weight [n, k]: the shapes and dtypes of the contract."""
+    n16, k32 = -(-n // ROWS), -(-k // GROUP)
+    chunks = 4 if scheme == "w4g32" else 8
+    packed = [torch.empty(n16, k32, chunks, ROWS, 4, dtype=torch.uint8, device=device)]
+    if scheme == "w4g32":
+        return [*packed, torch.empty(n16, k32, ROWS, dtype=torch.float16, device=device)]
+    packed.append(torch.empty(n16, ROWS, dtype=torch.float32, device=device))
+    if scheme == "w8a":
+        packed.append(torch.empty(n16, ROWS, dtype=torch.uint8, device=device))
+    return packed
+
+
+def quantize_w4g32_reference(w: Tensor) -> tuple[Tensor, Tensor]:
+    """INT4, groups of 32, searched scale: value = s * q, q in -8..7, fp16 s of either sign.
+
+    For each factor f and sign, q = clamp(rint(w * f / amax)) has the least-squares scale A / B with
+    A = sum(w q), B = sum(q q), and squared error sum(w w) - A A / B: the largest A A / B wins. The
+    scale is rounded to fp16 (clamped to its range) and q is taken once more, for that scale.
+    """
+    _check(w)
+    n, k = w.shape
+    x = torch.nn.functional.pad(w.float(), (0, -k % GROUP)).view(n, -1, GROUP)  # [N, G, 32]
+    amax = x.abs().amax(-1).clamp_min(MIN_AMAX)
+    x = x * (1.0 / amax)[..., None]
+    scale = (_searched_scale(x) * amax).clamp(-MAX_SCALE, MAX_SCALE).half()  # [N, G]
+    s = scale.float()
+    step = torch.where(s == 0, torch.zeros_like(s), amax / s)
+    q = torch.round(x * step[..., None]).clamp(-8, 7).to(torch.int8)
+    packed, scales = pack_w4g32(q.view(n, -1)[:, :k], scale)
+    return packed, scales
+
+
+def _searched_scale(x: Tensor) -> Tensor:
+    """Best least-squares scale [N, G] of x [N, G, 32], |x| <= 1; 0 where x is all zero."""
+    best = torch.full(x.shape[:2], -1.0)
+    scale = torch.zeros(x.shape[:2])
+    for factor in FACTORS:
+        r = torch.round(x * factor)
+        for sign, q in ((1.0, r.clamp(-8, 7)), (-1.0, r.clamp(-7, 8))):  # sign -1: stored are -q and -A / B
+            a, b = torch.zeros_like(best), torch.zeros_like(best)
+            for i in range(GROUP):
+                a = a + x[..., i] * q[..., i]
+                b = b + q[..., i] * q[..., i]
+            t = a / b
+            score = a * t
+            better = score > best  # False where b == 0 (NaN)
+            best = torch.where(better, score, best)
+            scale = torch.where(better, sign * t, scale)
+    return scale
+
+
+def quantize_w8c_reference(w: Tensor) -> tuple[Tensor, Tensor]:
+    """INT8 symmetric per row: value = s * (byte - 128), s = amax / 127, byte in 1..255."""
+    _check(w)
+    x = w.float()
+    amax = x.abs().amax(1)
+    live = amax >= MIN_AMAX
+    inverse = torch.where(live, 127.0 / amax, torch.zeros_like(amax))
+    scale = torch.where(live, amax / 127.0, torch.zeros_like(amax))
+    q = torch.round(x * inverse[:, None]).clamp(-127, 127) + W8_ZERO
+    packed, scales = pack_w8(q.to(torch.uint8), scale)
+    return packed, scales
+
+
+def quantize_w8a_reference(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """INT8 asymmetric per row: value = s * (byte - z). 0 is always a value, so z is a byte too."""
+    _check(w)
+    x = w.float()
+    low, high = x.amin(1).clamp_max(0.0), x.amax(1).clamp_min(0.0)
+    scale = high / 255.0 - low / 255.0  # each part first: the range itself may overflow
+    live = scale >= MIN_AMAX
+    inverse = torch.where(live, 1.0 / scale, torch.zeros_like(scale))
+    scale = torch.where(live, scale, torch.zeros_like(scale))
+    zero = torch.where(live, torch.round(-low * inverse).clamp(0, 255), torch.full_like(scale, float(W8_ZERO)))
+    q = (torch.round(x * inverse[:, None]) + zero[:, None]).clamp(0, 255)
+    packed, scales, zeros = pack_w8(q.to(torch.uint8), scale, zero.to(torch.uint8))
+    return packed, scales, zeros
+
+
+def count_nonfinite_reference(w: Tensor) -> int:
+    """How many elements of `w` are NaN or Inf."""
+    return int(w.numel() - torch.isfinite(w).sum().item())
+
+
+def _check(w: Tensor) -> None:
+    torch._check(
+        w.dim() == 2 and w.dtype in (torch.bfloat16, torch.float16, torch.float32),
+        lambda: f"quantize: expected a bf16, fp16 or fp32 matrix, got {w.dtype} {list(w.shape)}",
+    )
+    if bad := count_nonfinite_reference(w):
+        raise ValueError(f"quantize: {bad} of {w.numel()} elements are NaN or Inf")
+
+
+def _fake(scheme: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
+    def fake(w: Tensor) -> tuple[Tensor, ...]:
+        return tuple(empty_packed(w.shape[0], w.shape[1], scheme, w.device))
+
+    return fake
+
+
+for _scheme in SCHEMES:
+    torch.library.register_fake(f"unicorn::quantize_{_scheme}", _fake(_scheme))
+# Where the native library is there, its CPU kernels come before these.
+LIBRARY.impl("quantize_w4g32", quantize_w4g32_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("quantize_w8c", quantize_w8c_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("quantize_w8a", quantize_w8a_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("count_nonfinite", count_nonfinite_reference, "CompositeExplicitAutograd")
