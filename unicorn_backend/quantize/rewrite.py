@@ -114,17 +114,22 @@ def resolve(model: nn.Module, recipe: str | Recipe, rules: Rules | None = None) 
     return chosen.with_overrides(answers)
 
 
-def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Job], dict[str, str]]:
+def plan(
+    model: nn.Module, recipe: Recipe, tied: Mapping[str, str] | None = None
+) -> tuple[list[Job], dict[str, str]]:
     """(weights to pack, {module name: why its weight is left}). Reads nothing; works on meta too.
 
     A weight with several users is packed only if all of them can use it packed, with the scheme of
     the embedding among them: a tied head reads the embedding's table.
+    tied: {parameter name: the one it will share}, for a model that is not tied yet.
     """
     users: dict[Any, list[tuple[str, nn.Module, nn.Parameter]]] = defaultdict(list)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, module in model.named_modules():
         for attribute, parameter in module._parameters.items():
             if parameter is not None and (attribute == "weight" or parameter.dim() == 2):
-                users[_identity(parameter)].append((name, module, parameter))
+                source = (tied or {}).get(f"{name}.{attribute}", "")
+                users[_identity(parameters.get(source, parameter))].append((name, module, parameter))
     jobs, left = [], {}
     for group in users.values():
         if not any(isinstance(module, (nn.Linear, nn.Embedding)) for _, module, _ in group):

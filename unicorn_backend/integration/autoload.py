@@ -1,0 +1,62 @@
+"""Registers the Hugging Face quantizer without anyone importing this package.
+
+torch calls `register` at the end of `import torch` (entry point group `torch.backends`). It must cost
+nothing there, so it only leaves a finder on `sys.meta_path` that acts when transformers imports its
+quantizers: then, and not before, our quantizer is imported and added to them.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+WATCHED = "transformers.quantizers.auto"
+
+
+def register() -> None:
+    """Add the quantizer to transformers: now if its quantizers are imported, else when they are. Idempotent."""
+    if WATCHED in sys.modules:
+        _add_quantizer()
+    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def _add_quantizer() -> None:
+    from unicorn_backend.integration import hf_quantizer
+
+    hf_quantizer.register()
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds only `WATCHED`, once, the way the other finders do, and wraps its loader."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != WATCHED:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _Loader(spec.loader)
+        return spec
+
+
+class _Loader(importlib.abc.Loader):
+    """The module's own loader, and then our registration."""
+
+    def __init__(self, loader: importlib.abc.Loader) -> None:
+        self._loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self._loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        self._loader.exec_module(module)
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[assignment]
+        _add_quantizer()
