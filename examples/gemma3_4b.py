@@ -1,7 +1,7 @@
 """Chat with Gemma 3 4B, quantized on the fly. Needs the checkpoint: a local folder or access to the hub.
 
-    python examples/gemma3_4b.py --model path/to/gemma-3-4b-it "Why is the sky blue?"
-    python examples/gemma3_4b.py --tiny        # the embedded model: no download, seconds
+python examples/gemma3_4b.py --model path/to/gemma-3-4b-it "Why is the sky blue?"
+python examples/gemma3_4b.py --tiny        # the embedded model: no download, seconds
 """
 
 from __future__ import annotations

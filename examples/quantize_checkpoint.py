@@ -1,7 +1,7 @@
 """Quantize once, save, load, generate: the packed checkpoint loads without repacking.
 
-    python examples/quantize_checkpoint.py path/to/model out/folder --recipe default
-    python examples/quantize_checkpoint.py --tiny out/folder
+python examples/quantize_checkpoint.py path/to/model out/folder --recipe default
+python examples/quantize_checkpoint.py --tiny out/folder
 """
 
 from __future__ import annotations
