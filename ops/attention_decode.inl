@@ -1,0 +1,189 @@
+// Few queries: K and V are read once, by tasks of one K/V head and one block of keys; then the blocks are merged.
+// Every block holds softmax-weighted sums with its own maximum, so the result does not depend on who computes it.
+
+namespace {
+
+constexpr int kKeys = 4;           // per tile of scores
+constexpr int64_t kSubBlock = 32;  // keys that stay in L1 while the rows pass over them
+
+template <DType T, int R>
+void decode_scores_tile(const AttentionArgs& a, const void* k, int64_t n, const float* q, int64_t ldq, float* x, int64_t ldx) {
+  const typename Element<T>::type* rows[kKeys];
+  for (int j = 0; j < kKeys; ++j) rows[j] = row_of<T>(k, (j < n ? j : n - 1) * a.k_stride[2]);
+  constexpr int step = Dot<T>::step;
+  vf c[R][kKeys];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < kKeys; ++j) c[i][j] = set1(0.0f);
+  for (int64_t d = 0; d < a.D; d += step, q += W) {
+    vf y[kKeys];
+#pragma GCC unroll 8
+    for (int j = 0; j < kKeys; ++j) y[j] = a.D - d >= step ? Dot<T>::load(rows[j] + d) : Dot<T>::part(rows[j] + d, a.D - d);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const vf w = load(q + i * ldq);
+#pragma GCC unroll 8
+      for (int j = 0; j < kKeys; ++j) c[i][j] = Dot<T>::add(c[i][j], w, y[j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) reduce4(c[i][0], c[i][1], c[i][2], c[i][3], x + i * ldx);
+}
+
+// o[R][columns] += x[R][lo..hi) v[lo..hi)[columns]
+template <DType T, int R, int C>
+void decode_values_tile(const AttentionArgs& a, const void* v, int64_t lo, int64_t hi, int64_t d, const float* x, int64_t ldx, float* o, int64_t ldo) {
+  vf c[R][C];
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) c[i][j] = load(o + i * ldo + d + j * W);
+  for (int64_t s = lo; s < hi; ++s) {
+    const auto* p = row_of<T>(v, s * a.v_stride[2] + d);
+    vf y[C];
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) y[j] = C > 1 || a.Dv - d >= W ? load_as<T>(p + j * W) : load_part<T>(p, a.Dv - d);
+#pragma GCC unroll 8
+    for (int i = 0; i < R; ++i) {
+      const vf w = set1(x[i * ldx + s]);
+#pragma GCC unroll 8
+      for (int j = 0; j < C; ++j) c[i][j] = fma(w, y[j], c[i][j]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < C; ++j) store(o + i * ldo + d + j * W, c[i][j]);
+}
+
+template <DType T, int R>
+void decode_values_rows(const AttentionArgs& a, const void* v, int64_t lo, int64_t hi, const float* x, int64_t ldx, float* o, int64_t ldo) {
+  int64_t d = 0;
+  for (; d + 4 * W <= a.Dv; d += 4 * W) decode_values_tile<T, R, 4>(a, v, lo, hi, d, x, ldx, o, ldo);
+  for (; d < a.Dv; d += W) decode_values_tile<T, R, 1>(a, v, lo, hi, d, x, ldx, o, ldo);
+}
+
+// One task: q [rows][ldq] against keys [lo, hi) of a block that starts at k and v.
+template <DType T>
+struct DecodeBlock {
+  const AttentionArgs& a;
+  const void *k, *v;
+  int64_t rows, lo, hi;
+  const float* q;
+  int64_t ldq;
+  float* x;
+  int64_t ldx;
+  float* o;
+  int64_t ldo;
+
+  template <int R>
+  void scores_rows(int64_t r, int64_t from, int64_t to) const {
+    for (int64_t s = from; s < to; s += kKeys) {
+      const void* p = row_of<T>(k, s * a.k_stride[2]);
+      decode_scores_tile<T, R>(a, p, hi - s, q + r * ldq, ldq, x + r * ldx + s, ldx);
+    }
+  }
+
+  void scores() const {
+    for (int64_t s = lo / kKeys * kKeys; s < hi; s += kSubBlock) {
+      const int64_t to = s + kSubBlock < hi ? s + kSubBlock : hi;
+      int64_t r = 0;
+      for (; r + kDecodeRows <= rows; r += kDecodeRows) scores_rows<kDecodeRows>(r, s, to);
+      if (rows - r >= 2) scores_rows<2>(r, s, to), r += 2;
+      if (rows - r >= 1) scores_rows<1>(r, s, to);
+    }
+  }
+
+  void values() const {
+    for (int64_t i = 0; i < rows * ldo; i += W) store(o + i, set1(0.0f));
+    for (int64_t s = lo; s < hi; s += kSubBlock) {
+      const int64_t to = s + kSubBlock < hi ? s + kSubBlock : hi;
+      int64_t r = 0;
+      for (; r + kDecodeRows <= rows; r += kDecodeRows) decode_values_rows<T, kDecodeRows>(a, v, s, to, x + r * ldx, ldx, o + r * ldo, ldo);
+      if (rows - r >= 2) decode_values_rows<T, 2>(a, v, s, to, x + r * ldx, ldx, o + r * ldo, ldo), r += 2;
+      if (rows - r >= 1) decode_values_rows<T, 1>(a, v, s, to, x + r * ldx, ldx, o + r * ldo, ldo);
+    }
+  }
+};
+
+// Partial result of a row over a block: maximum, sum of weights, unused .., then [dv] weighted sums.
+float* partial(const AttentionArgs& a, const Plan& p, int64_t task, int64_t row) {
+  return static_cast<float*>(a.workspace) + (task * p.rows + row) * kAlign;
+}
+
+float* partial_sums(const AttentionArgs& a, const Plan& p, int64_t task, int64_t row) {
+  const int64_t heads = a.B * a.Hkv * p.blocks * p.rows * kAlign;
+  return static_cast<float*>(a.workspace) + heads + (task * p.rows + row) * p.dv;
+}
+
+template <DType T>
+void decode_task(const AttentionArgs& a, const Plan& p, int64_t task, float* scratch) {
+  const int64_t blk = task % p.blocks, hk = task / p.blocks % a.Hkv, b = task / p.blocks / a.Hkv;
+  const int64_t s0 = blk * p.block, n = a.S - s0 < p.block ? a.S - s0 : p.block;
+  const int64_t ldq = lanes<T>(a.D);
+  float* q = scratch;
+  float* x = q + p.rows * p.dq;
+  float* bias = x + p.rows * p.block;
+  Row row[kDecodeMax];
+  Span span[kDecodeMax];
+  int64_t lo = n, hi = 0;
+  for (int64_t r = 0; r < p.rows; ++r) {
+    row[r] = make_row(a, p, b, hk, r);
+    span[r] = row_span(a, row[r], s0, n, bias);
+    if (span[r].lo < span[r].hi && span[r].lo < lo) lo = span[r].lo;
+    if (span[r].hi > hi) hi = span[r].hi;
+    pack_query<T>(a.q, b * a.q_stride[0] + row[r].h * a.q_stride[1] + row[r].t * a.q_stride[2], a.D, q + r * ldq);
+  }
+  const void* k = row_of<T>(a.k, b * a.k_stride[0] + hk * a.k_stride[1] + s0 * a.k_stride[2]);
+  const void* v = row_of<T>(a.v, b * a.v_stride[0] + hk * a.v_stride[1] + s0 * a.v_stride[2]);
+  const DecodeBlock<T> block{a, k, v, p.rows, lo, hi, q, ldq, x, p.block, partial_sums(a, p, task, 0), p.dv};
+  if (lo < hi) block.scores();
+  for (int64_t r = 0; r < p.rows; ++r) {
+    if (!span[r].plain) row_span(a, row[r], s0, n, bias);
+    float* head = partial(a, p, task, r);
+    head[0] = logits(a, span[r], bias, x + r * p.block);
+    head[1] = weights(span[r], n, finite(head[0]), x + r * p.block);
+  }
+  if (lo < hi) block.values();
+}
+
+void merge_row(const AttentionArgs& a, const Plan& p, int64_t head, int64_t r) {
+  const int64_t b = head / a.Hkv, h = head % a.Hkv * p.group + r % p.group, t = r / p.group;
+  float* out = a.out + ((b * a.T + t) * a.H + h) * a.Dv;
+  float most = -kInf, total = 0.0f;
+  for (int64_t i = 0; i < p.blocks; ++i) {
+    const float m = partial(a, p, head * p.blocks + i, r)[0];
+    most = most > m ? most : m;
+  }
+  for (int64_t d = 0; d < a.Dv; ++d) out[d] = 0.0f;
+  for (int64_t i = 0; i < p.blocks; ++i) {
+    const float* part = partial(a, p, head * p.blocks + i, r);
+    if (part[0] == -kInf && part[1] == 0.0f) continue;  // all masked: nothing was written
+    const float w = exp_neg(part[0] - finite(most));
+    const float* o = partial_sums(a, p, head * p.blocks + i, r);
+    total += w * part[1];
+    for (int64_t d = 0; d < a.Dv; ++d) out[d] += w * o[d];
+  }
+  const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+  for (int64_t d = 0; d < a.Dv; ++d) out[d] *= inverse;
+}
+
+template <DType T>
+void run_decode(const AttentionArgs& a, const Plan& p) {
+  const int64_t heads = a.B * a.Hkv, tasks = heads * p.blocks;
+  float* base = static_cast<float*>(a.workspace) + p.shared;
+#pragma omp parallel num_threads(a.threads) if (a.threads > 1)
+  {
+    int id = 0;
+#ifdef _OPENMP
+    id = omp_get_thread_num();
+#endif
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < tasks; ++i) decode_task<T>(a, p, i, base + id * p.scratch);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < heads * p.rows; ++i) merge_row(a, p, i / p.rows, i % p.rows);
+  }
+}
+
+}  // namespace
