@@ -35,7 +35,7 @@ class Quality:
 
     def __str__(self) -> str:
         return (
-            f"KL {self.kl_mean:.4f} ± {self.kl_mean_se:.4f} (median {self.kl_median:.4f}, 99 % {self.kl_99:.4f}), "
+            f"KL {self.kl_mean:.3g} ± {self.kl_mean_se:.1g} (median {self.kl_median:.3g}, 99 % {self.kl_99:.3g}), "
             f"same top-1 {self.top1:.1%} ± {self.top1_se:.1%}, perplexity {self.perplexity:.2f} "
             f"(reference {self.perplexity_reference:.2f}), {self.tokens} tokens"
         )

@@ -1,0 +1,124 @@
+"""The schemes: how much noise they add, edge values, and that the bytes are what the contract says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from unicorn_backend.errors import OptionError
+from unicorn_backend.layouts import GROUP, dequantize, unpack_w4g32, unpack_w8
+from unicorn_backend.quantize.rewrite import sqnr_db
+from unicorn_backend.quantize.schemes import empty_packed, quantize_weight
+
+SCHEMES = ("w4g32", "w8c", "w8a")
+SHAPES = ((1, 1), (16, 32), (17, 33), (5, 100), (48, 64))
+
+# dB on N(0, 1) [512, 1024]; a deviation either way means that the measurement or the scheme changed
+BANDS = {"w8c": 42.0, "w8a": 42.6, "w4g32": 21.8}
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_noise_is_in_its_band(scheme: str) -> None:
+    w = torch.randn(512, 1024)
+    assert sqnr_db(w, quantize_weight(w, scheme)) == pytest.approx(BANDS[scheme], abs=1.0)
+
+
+def test_w4g32_beats_a_single_scale_by_amax() -> None:
+    """ggml's Q4_0: the largest weight becomes -8. Its error on N(0, 1) is 8.6 %, the searched scale's 8.1 %."""
+    w = torch.randn(256, 1024)
+    x = w.view(-1, GROUP)
+    scale = x.gather(1, x.abs().argmax(1, keepdim=True)) / -8
+    plain = (scale.half().float() * torch.round(x / scale).clamp(-8, 7)).view_as(w)
+    searched = dequantize(quantize_weight(w, "w4g32"), *w.shape)
+    errors = [float((y - w).norm() / w.norm()) for y in (plain, searched)]
+    assert errors[0] == pytest.approx(0.0862, abs=0.001)
+    assert errors[1] == pytest.approx(0.0811, abs=0.001)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_shapes_are_the_contracts(scheme: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    w = torch.randn(shape).to(dtype)
+    packed, wanted = quantize_weight(w, scheme), empty_packed(*shape, scheme, "meta")
+    assert [(t.shape, t.dtype) for t in packed] == [(t.shape, t.dtype) for t in wanted]
+    step = packed[1].float().abs().max()
+    assert (dequantize(packed, *shape) - w.float()).abs().max() <= step * (1.01 if scheme == "w4g32" else 0.51)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_fake_agrees(scheme: str) -> None:
+    op = getattr(torch.ops.unicorn, f"quantize_{scheme}").default
+    torch.library.opcheck(op, (torch.randn(17, 33, dtype=torch.bfloat16),), test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_padding_means_zero(scheme: str) -> None:
+    packed = quantize_weight(torch.randn(17, 33), scheme)
+    whole = dequantize(packed, 32, 64)
+    assert not whole[17:].any() and not whole[:, 33:].any()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_zero_rows_and_constant_rows(scheme: str) -> None:
+    w = torch.zeros(4, 64)
+    w[1], w[2], w[3, 5] = 0.5, -0.25, 1e-30
+    back = dequantize(quantize_weight(w, scheme), 4, 64)
+    assert not back[0].any()
+    torch.testing.assert_close(back[:3], w[:3], rtol=1e-3, atol=0)
+    assert back[3].abs().max() <= 1e-29
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("largest", [3e38, 6e4, 1e-20, 1e-38])
+def test_extreme_ranges_stay_finite(scheme: str, largest: float) -> None:
+    w = torch.randn(16, 64)
+    w = w / w.abs().max() * largest
+    assert torch.isfinite(dequantize(quantize_weight(w, scheme), 16, 64)).all()
+
+
+def test_w8c_is_symmetric_and_exact_at_the_ends() -> None:
+    w = torch.randn(16, 64)
+    q, scale, zero = unpack_w8(quantize_weight(w, "w8c"), 16, 64)
+    assert zero is None and int(q.min()) >= 1
+    torch.testing.assert_close(scale, w.abs().amax(1) / 127, rtol=1e-6, atol=0)
+    assert ((q.int() - 128).abs().amax(1) == 127).all()
+
+
+def test_w8a_keeps_zero_exact_and_uses_one_sided_ranges() -> None:
+    w = torch.rand(16, 64)
+    w[:, 0] = 0.0
+    packed = quantize_weight(w, "w8a")
+    assert not dequantize(packed, 16, 64)[:, 0].any()
+    assert sqnr_db(w, packed) > sqnr_db(w, quantize_weight(w, "w8c")) + 5  # one more bit is 6 dB
+
+
+def test_w4g32_uses_both_signs_of_the_scale() -> None:
+    """-8 is at the end of the group's largest weight, whichever sign that has."""
+    w = torch.randn(64, 256)
+    q, scale = unpack_w4g32(*quantize_weight(w, "w4g32"), 64, 256)
+    assert q.min() == -8 and q.max() == 7
+    assert 0.2 < float((scale < 0).float().mean()) < 0.8
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_rows_do_not_depend_on_their_neighbours(scheme: str) -> None:
+    w = torch.randn(48, 96)
+    whole, part = quantize_weight(w, scheme), quantize_weight(w[16:32], scheme)
+    for a, b in zip(whole, part, strict=True):
+        assert torch.equal(a[1:2], b)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_refused(scheme: str, bad: float) -> None:
+    w = torch.randn(20, 40, dtype=torch.bfloat16)
+    w[19, 39] = bad
+    assert torch.ops.unicorn.count_nonfinite(w) == 1
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        quantize_weight(w, scheme)
+
+
+def test_unknown_scheme() -> None:
+    with pytest.raises(OptionError, match="w4g32"):
+        quantize_weight(torch.randn(2, 2), "int3")
