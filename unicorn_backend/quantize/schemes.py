@@ -33,6 +33,9 @@ LIBRARY.define("quantize_w8a(Tensor w) -> (Tensor, Tensor, Tensor)")
 # count_nonfinite: how many elements of a float tensor of any shape are NaN or Inf.
 LIBRARY.define("count_nonfinite(Tensor w) -> int")
 
+# quantize_isa: choose the instruction set of the native quantizer ("" = the best); for tests.
+LIBRARY.define("quantize_isa(str name) -> str")
+
 
 def quantize_weight(w: Tensor, scheme: str) -> list[Tensor]:
     """Float weight [N, K] -> its packed tensors. Raises ValueError for NaN or Inf."""
@@ -89,9 +92,9 @@ def _searched_scale(x: Tensor) -> Tensor:
             for i in range(GROUP):
                 a = a + x[..., i] * q[..., i]
                 b = b + q[..., i] * q[..., i]
-            t = a / b
+            t = a / b.clamp_min(1.0)  # b is 0, or at least 1
             score = a * t
-            better = score > best  # False where b == 0 (NaN)
+            better = score > best
             best = torch.where(better, score, best)
             scale = torch.where(better, sign * t, scale)
     return scale
@@ -103,7 +106,7 @@ def quantize_w8c_reference(w: Tensor) -> tuple[Tensor, Tensor]:
     x = w.float()
     amax = x.abs().amax(1)
     live = amax >= MIN_AMAX
-    inverse = torch.where(live, 127.0 / amax, torch.zeros_like(amax))
+    inverse = torch.where(live, (1.0 / amax) * 127.0, torch.zeros_like(amax))
     scale = torch.where(live, amax / 127.0, torch.zeros_like(amax))
     q = torch.round(x * inverse[:, None]).clamp(-127, 127) + W8_ZERO
     packed, scales = pack_w8(q.to(torch.uint8), scale)

@@ -1,0 +1,308 @@
+// Body of the weight quantizer, included once per instruction set with `kLanes` (floats per vector),
+// `Lanes` (the vector types), `lesser` and `greater` defined. Lanes are rows of a tile (w4g32) or
+// columns of a row (w8) and never meet, so every instruction set gives the bits of the plain-torch
+// reference. Anonymous namespace: the linker must not merge the copies.
+#include "quantize.h"
+
+#include <cstring>
+
+// A fused multiply-add rounds once where the reference rounds twice.
+#pragma GCC optimize("fp-contract=off")
+
+#define INLINE inline __attribute__((always_inline))
+
+namespace {
+
+using unicorn::FloatType;
+using unicorn::QuantizeArgs;
+
+constexpr int kRows = 16;
+constexpr int kGroup = 32;
+constexpr int kFactors = 8;
+constexpr float kFirstFactor = 6.25f, kFactorStep = 0.375f;  // schemes.py FACTORS
+constexpr float kMinAmax = 0x1p-100f;                        // schemes.py MIN_AMAX
+constexpr float kMaxScale = 65504.0f;
+constexpr float kMagic = 0x1.8p23f;  // x + kMagic - kMagic = rint(x), half to even, for |x| < 2^22
+constexpr int32_t kMagicBits = 0x4B400000;
+constexpr int32_t kInfBits = 0x7F800000;
+
+template <class V> INLINE V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class V> INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+INLINE VF splat(float x) { return VF{} + x; }
+INLINE VF clamp(VF x, float low, float high) { return lesser(greater(x, splat(low)), splat(high)); }
+INLINE VF round_even(VF x) { return (x + kMagic) - kMagic; }
+INLINE VI to_int(VF x) { return (VI)(x + kMagic) - kMagicBits; }  // rounds like round_even
+INLINE VI magnitude(VF x) { return (VI)x & 0x7FFFFFFF; }          // ordered like |x|; >= kInfBits: not finite
+
+// fp16 bits in the low half of each lane.
+INLINE VF half_to_float(VU h) {
+  const VU bits = (h & 0x7FFFu) << 13;
+  const VF scaled = (VF)bits * 0x1p112f;  // moves the exponent; subnormals come out exact
+  const VU special = (VU)((h & 0x7C00u) == 0x7C00u);
+  return (VF)((((VU)scaled & ~special) | ((bits | 0x7F800000u) & special)) | ((h & 0x8000u) << 16));
+}
+
+// |x| <= 65504, round half to even.
+INLINE VU float_to_half(VF x) {
+  const VU bits = (VU)x & 0x7FFFFFFFu, sign = ((VU)x >> 16) & 0x8000u;
+  const VU normal = ((bits + 0xFFFu + ((bits >> 13) & 1u)) >> 13) - (112u << 10);
+  const VU small = (VU)((VF)bits + 0.5f) - 0x3F000000u;  // the ulp of 0.5 is the fp16 subnormal step
+  const VU is_small = (VU)((VI)bits < 0x38800000);
+  return ((small & is_small) | (normal & ~is_small)) | sign;
+}
+
+template <FloatType> constexpr int kBytes = 2;
+template <> constexpr int kBytes<FloatType::f32> = 4;
+
+// kLanes consecutive elements.
+template <FloatType T> INLINE VF load_row(const uint8_t* p) {
+  if constexpr (T == FloatType::f32) {
+    return load<VF>(p);
+  } else {
+    const VU raw = __builtin_convertvector(load<VH>(p), VU);
+    if constexpr (T == FloatType::bf16) return (VF)(raw << 16);
+    return half_to_float(raw);
+  }
+}
+
+// Where the 32 elements of group g of each row lie: in the weight, or, for a partial group or a row
+// past the end, zero-padded in `pad`.
+struct GroupRows {
+  const uint8_t* row[kRows];
+  alignas(64) uint8_t pad[kRows][kGroup * 4];
+};
+
+template <FloatType T> INLINE void find_group(const QuantizeArgs& a, int64_t i, int64_t g, GroupRows& out) {
+  const int64_t left = a.k - g * kGroup, rows = a.n - i * kRows;
+  const uint8_t* w = static_cast<const uint8_t*>(a.w) + i * kRows * a.row_bytes + g * kGroup * kBytes<T>;
+  for (int r = 0; r < kRows; ++r) {
+    out.row[r] = w + r * a.row_bytes;
+    if (r < rows && left >= kGroup) continue;
+    std::memset(out.pad[r], 0, sizeof out.pad[r]);
+    if (r < rows) std::memcpy(out.pad[r], out.row[r], size_t(left) * kBytes<T>);
+    out.row[r] = out.pad[r];
+  }
+}
+
+// x[k] lane r = element k of row first + r.
+template <FloatType T> INLINE void load_transposed(const GroupRows& rows, int first, VF x[kGroup]) {
+  constexpr int kWords = kGroup * kBytes<T> / 4;
+  alignas(64) uint32_t words[kWords][kLanes];
+  for (int r = 0; r < kLanes; ++r)
+    for (int p = 0; p < kWords; ++p) std::memcpy(&words[p][r], rows.row[first + r] + 4 * p, 4);
+  for (int p = 0; p < kWords; ++p) {
+    const VU v = load<VU>(words[p]);
+    if constexpr (T == FloatType::f32) {
+      x[p] = (VF)v;
+    } else if constexpr (T == FloatType::bf16) {
+      x[2 * p] = (VF)(v << 16);
+      x[2 * p + 1] = (VF)(v & 0xFFFF0000u);
+    } else {
+      x[2 * p] = half_to_float(v & 0xFFFFu);
+      x[2 * p + 1] = half_to_float(v >> 16);
+    }
+  }
+}
+
+// Keeps the better of the best scale so far and a / b, whose squared error is smaller the larger a * a / b.
+INLINE void keep_better(VF a, VF b, float sign, VF& best, VF& scale) {
+  const VF t = a / greater(b, splat(1.0f));  // b is 0, or at least 1
+  const VF score = a * t;
+  const VI better = score > best;
+  best = (VF)((better & (VI)score) | (~better & (VI)best));
+  scale = (VF)((better & (VI)(t * sign)) | (~better & (VI)scale));
+}
+
+// Best least-squares scale of x, |x| <= 1: both signs, every factor.
+INLINE VF searched_scale(const VF x[kGroup]) {
+  VF best = splat(-1.0f), scale = splat(0.0f);
+  for (int f = 0; f < kFactors; ++f) {
+    const float factor = kFirstFactor + kFactorStep * float(f);
+    VF a0 = splat(0), b0 = splat(0), a1 = splat(0), b1 = splat(0);
+    for (int k = 0; k < kGroup; ++k) {
+      const VF r = round_even(x[k] * factor);
+      const VF q0 = clamp(r, -8.0f, 7.0f), q1 = clamp(r, -7.0f, 8.0f);
+      a0 = a0 + x[k] * q0;
+      b0 = b0 + q0 * q0;
+      a1 = a1 + x[k] * q1;
+      b1 = b1 + q1 * q1;
+    }
+    keep_better(a0, b0, 1.0f, best, scale);
+    keep_better(a1, b1, -1.0f, best, scale);  // stored are -q1 and -a1 / b1
+  }
+  return scale;
+}
+
+// Rows first .. first + kLanes - 1 of one tile.
+template <FloatType T> INLINE bool w4g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
+  VF x[kGroup];
+  load_transposed<T>(rows, first, x);
+  VI top = magnitude(x[0]);
+  for (int k = 1; k < kGroup; ++k) top = greater(top, magnitude(x[k]));
+  const VF amax = greater((VF)top, splat(kMinAmax)), inverse = splat(1.0f) / amax;
+  for (int k = 0; k < kGroup; ++k) x[k] = x[k] * inverse;
+
+  const VU half = float_to_half(clamp(searched_scale(x) * amax, -kMaxScale, kMaxScale));
+  const VF s = half_to_float(half);
+  const VI zero = s == splat(0.0f);
+  const VF step = (VF)(~zero & (VI)(amax / s));
+  store(scales + first, __builtin_convertvector(half, VH));
+  for (int c = 0; c < 4; ++c) {
+    VI word = VI{};
+    for (int j = 0; j < 4; ++j) {
+      const VI low = to_int(clamp(x[8 * c + j] * step, -8.0f, 7.0f)) + 8;
+      const VI high = to_int(clamp(x[8 * c + 4 + j] * step, -8.0f, 7.0f)) + 8;
+      word |= (low | (high << 4)) << (8 * j);
+    }
+    store(tile + 64 * c + 4 * first, word);
+  }
+  bool good = true;
+  for (int r = 0; r < kLanes; ++r) good &= top[r] < kInfBits;
+  return good;
+}
+
+template <FloatType T> bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  const int64_t k32 = (a.k + kGroup - 1) / kGroup;
+  bool good = true;
+  GroupRows rows;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t g = 0; g < k32; ++g) {
+      const int64_t t = i * k32 + g;
+      find_group<T>(a, i, g, rows);
+      uint16_t* scales = static_cast<uint16_t*>(a.scale) + t * kRows;
+      for (int first = 0; first < kRows; first += kLanes) good &= w4g32_rows<T>(rows, first, a.packed + t * 256, scales);
+    }
+  return good;
+}
+
+struct RowRange {
+  float low, high, amax;
+  bool finite;
+};
+
+// Running minimum, maximum and largest magnitude of kLanes columns at a time.
+struct LaneRange {
+  VF low = VF{}, high = VF{};
+  VI top = VI{};
+
+  INLINE void add(VF x) { low = lesser(x, low), high = greater(x, high), top = greater(top, magnitude(x)); }
+};
+
+template <FloatType T> INLINE RowRange row_range(const uint8_t* row, int64_t k) {
+  constexpr int64_t kStep = 4 * kLanes;  // four independent chains: one add waits for its predecessor
+  LaneRange lanes[4];
+  int64_t i = 0;
+  for (; i + kStep <= k; i += kStep)
+    for (int c = 0; c < 4; ++c) lanes[c].add(load_row<T>(row + (i + c * kLanes) * kBytes<T>));
+  for (; i < k; i += kLanes) {
+    alignas(64) uint8_t tail[64] = {};
+    std::memcpy(tail, row + i * kBytes<T>, size_t(k - i < kLanes ? k - i : kLanes) * kBytes<T>);
+    lanes[0].add(load_row<T>(tail));
+  }
+  RowRange out{0.0f, 0.0f, 0.0f, true};
+  int32_t most = 0;
+  for (const LaneRange& range : lanes)
+    for (int l = 0; l < kLanes; ++l) {
+      out.low = range.low[l] < out.low ? range.low[l] : out.low;
+      out.high = range.high[l] > out.high ? range.high[l] : out.high;
+      most = range.top[l] > most ? range.top[l] : most;
+    }
+  std::memcpy(&out.amax, &most, 4);
+  out.finite = most < kInfBits;
+  return out;
+}
+
+// One row of w8: byte = clamp(rint(x * inverse) + zero, lowest, 255).
+struct RowScale {
+  float scale, inverse, zero;
+};
+
+INLINE RowScale symmetric(const RowRange& range) {
+  if (range.amax < kMinAmax) return {0.0f, 0.0f, 128.0f};
+  return {range.amax / 127.0f, (1.0f / range.amax) * 127.0f, 128.0f};
+}
+
+INLINE RowScale asymmetric(const RowRange& range) {
+  const float scale = range.high / 255.0f - range.low / 255.0f;
+  if (scale < kMinAmax) return {0.0f, 0.0f, 128.0f};
+  const float inverse = 1.0f / scale;
+  const float zero = (-range.low * inverse + kMagic) - kMagic;
+  return {scale, inverse, zero < 0.0f ? 0.0f : (zero > 255.0f ? 255.0f : zero)};
+}
+
+// The clamp comes before the rounding: its bounds are integers, and it keeps the magic rounding in range.
+template <FloatType T, bool kAsymmetric>
+INLINE void w8_group(const GroupRows& rows, const RowScale* scales, uint8_t* tile) {
+  constexpr float kLowest = kAsymmetric ? 0.0f : 1.0f;
+  for (int r = 0; r < kRows; ++r) {
+    const RowScale& s = scales[r];
+    for (int first = 0; first < kGroup; first += kLanes) {
+      const VF x = load_row<T>(rows.row[r] + first * kBytes<T>);
+      const VI q = to_int(clamp(x * s.inverse, kLowest - s.zero, 255.0f - s.zero)) + int32_t(s.zero);
+      alignas(16) uint8_t bytes[kLanes];
+      store(bytes, __builtin_convertvector(q, VB));
+      for (int c = 0; c < kLanes / 4; ++c) std::memcpy(tile + (first / 4 + c) * 64 + 4 * r, bytes + 4 * c, 4);
+    }
+  }
+}
+
+template <FloatType T, bool kAsymmetric> bool w8_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  const int64_t k32 = (a.k + kGroup - 1) / kGroup;
+  bool good = true;
+  GroupRows rows;
+  for (int64_t i = begin; i < end; ++i) {
+    RowScale scales[kRows];
+    for (int r = 0; r < kRows; ++r) {
+      RowRange range{0.0f, 0.0f, 0.0f, true};  // rows past the end: all zero
+      if (i * kRows + r < a.n)
+        range = row_range<T>(static_cast<const uint8_t*>(a.w) + (i * kRows + r) * a.row_bytes, a.k);
+      good &= range.finite;
+      if (!range.finite) range = {0.0f, 0.0f, 0.0f, false};
+      scales[r] = kAsymmetric ? asymmetric(range) : symmetric(range);
+      static_cast<float*>(a.scale)[i * kRows + r] = scales[r].scale;
+      if (kAsymmetric) a.zero[i * kRows + r] = uint8_t(scales[r].zero);
+    }
+    for (int64_t g = 0; g < k32; ++g) {
+      find_group<T>(a, i, g, rows);
+      w8_group<T, kAsymmetric>(rows, scales, a.packed + (i * k32 + g) * 512);
+    }
+  }
+  return good;
+}
+
+template <FloatType T> int64_t count_nonfinite_of(const uint8_t* w, int64_t count) {
+  constexpr int64_t kBlock = 4096;  // elements between two looks at the maximum
+  int64_t bad = 0;
+  for (int64_t start = 0; start < count; start += kBlock) {
+    const int64_t size = count - start < kBlock ? count - start : kBlock;
+    const uint8_t* p = w + start * kBytes<T>;
+    if (row_range<T>(p, size).finite) continue;
+    for (int64_t i = 0; i < size; ++i) bad += !row_range<T>(p + i * kBytes<T>, 1).finite;
+  }
+  return bad;
+}
+
+constexpr FloatType kBf16 = FloatType::bf16, kF16 = FloatType::f16, kF32 = FloatType::f32;
+
+bool w4g32(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return w4g32_tiles<kBf16>(a, begin, end);
+  return a.type == kF16 ? w4g32_tiles<kF16>(a, begin, end) : w4g32_tiles<kF32>(a, begin, end);
+}
+
+template <bool kAsymmetric> bool w8(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return w8_tiles<kBf16, kAsymmetric>(a, begin, end);
+  return a.type == kF16 ? w8_tiles<kF16, kAsymmetric>(a, begin, end) : w8_tiles<kF32, kAsymmetric>(a, begin, end);
+}
+
+int64_t count_nonfinite(const void* data, FloatType type, int64_t count) {
+  const uint8_t* w = static_cast<const uint8_t*>(data);
+  if (type == kBf16) return count_nonfinite_of<kBf16>(w, count);
+  return type == kF16 ? count_nonfinite_of<kF16>(w, count) : count_nonfinite_of<kF32>(w, count);
+}
+
+}  // namespace
