@@ -61,7 +61,28 @@ def _ratio(value: float | None) -> str:
     return "" if value is None or value == 1 else f" ({value:.2f}x)"
 
 
-KINDS = {"decode": decode}
+def quality(result: dict[str, Any]) -> str:
+    """What each recipe changes."""
+    header = ("recipe", "weights", "KL divergence, nats", "same top-1 token", "perplexity")
+    rows = [
+        (
+            f"`{row['recipe']}`",
+            table.size(row["model_bytes"]),
+            f"{row['kl_mean']:.4f} ± {row['kl_mean_se']:.4f}",
+            f"{row['top1']:.1%} ± {row['top1_se']:.1%}",
+            f"{row['perplexity']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    tokens, reference = result["rows"][0]["tokens"], result["rows"][0]["perplexity_reference"]
+    caption = (
+        f"{result['model']} against bf16 on {tokens} tokens of {result['text']} (bf16 perplexity {reference:.2f}); "
+        "± is one standard error over blocks of tokens."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
+KINDS = {"decode": decode, "quality": quality}
 
 
 def main() -> None:

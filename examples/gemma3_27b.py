@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from unicorn_backend import UnicornConfig
+from unicorn_backend.integration.hf_quantizer import UnicornConfig
 from unicorn_backend.models import TINY
 
 

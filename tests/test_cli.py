@@ -24,11 +24,11 @@ COMMANDS = ("demo", "run", "quantize", "explain", "bench")
 def call(*args: str) -> str:
     result = CliRunner().invoke(cli.app, list(args), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.output
+    return result.stdout
 
 
 def call_json(*args: str) -> dict:
-    return json.loads(call(*args, "--json").splitlines()[-1])
+    return json.loads(call(*args, "--json"))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -102,7 +102,7 @@ def test_bench_runs_a_peer(tmp_path: Path) -> None:
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     gguf.write_bytes(bytes(1000))
     args = ("bench", "-p", "16", "-n", "4", "--rounds", "1", "--peer", f"llama-bench={program}", "--gguf", str(gguf))
-    row = json.loads(call(*args, "--no-eager", "--json"))["systems"][-1]
+    row = call_json(*args, "--no-eager")["systems"][-1]
     assert row["name"] == "llama-bench" and row["model_bytes"] == 1000
     assert row["decode_tok_s"]["median"] == 25 and row["prefill_tok_s"]["median"] == 100
 
