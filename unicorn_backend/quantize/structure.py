@@ -23,6 +23,9 @@ def is_language_model(model: nn.Module) -> tuple[bool, str]:
     }
     if not tables:
         return False, "no token embedding"
+    # a segment table of 2 rows must not make a 2-class classifier its head: tokens have the largest table
+    rows = max(count for count, _ in tables)
+    tables = {table for table in tables if table[0] == rows}
     linears = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.Linear)]
     for name, linear in linears:
         if (linear.out_features, linear.in_features) in tables:

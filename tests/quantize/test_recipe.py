@@ -1,0 +1,100 @@
+"""Recipes: which weight gets which scheme, and that they survive JSON."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from torch import nn
+
+from unicorn_backend.errors import CheckpointError, OptionError
+from unicorn_backend.quantize.recipe import Recipe, Rule, recipes
+
+WIDE, NARROW, SQUARE = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
+TABLE = nn.Embedding(8, 8)
+
+CASES: tuple[tuple[str, nn.Module, str | None], ...] = (
+    ("model.embed_tokens", TABLE, "w8a"),
+    ("model.language_model.embed_tokens", TABLE, "w8a"),
+    ("transformer.wte", TABLE, "w8a"),
+    ("transformer.wpe", TABLE, None),
+    ("lm_head", WIDE, "w8c"),
+    ("model.layers.0.self_attn.q_proj", SQUARE, "w8c"),
+    ("model.layers.0.self_attn.o_proj", SQUARE, "w8c"),
+    ("model.layers.0.self_attn.qkv_proj", WIDE, "w8c"),
+    ("transformer.h.0.attn.c_proj", SQUARE, "w8c"),
+    ("gpt_neox.layers.0.attention.query_key_value", WIDE, "w8c"),
+    ("model.layers.0.mlp.gate_proj", WIDE, "w4g32"),
+    ("model.layers.0.mlp.gate_up_proj", WIDE, "w4g32"),
+    ("model.layers.0.mlp.down_proj", NARROW, "w4g32"),
+    ("gpt_neox.layers.0.mlp.dense_h_to_4h", WIDE, "w4g32"),
+    ("model.decoder.layers.0.fc1", WIDE, "w4g32"),
+    ("layers.0.feed_forward.w2", NARROW, "w4g32"),
+    ("model.layers.0.mlp.experts.3.w1", WIDE, "w4g32"),
+    ("model.layers.0.block_sparse_moe.gate", NARROW, None),
+    ("model.layers.0.mlp.gate", NARROW, None),
+    ("model.layers.0.mlp.router", NARROW, None),
+    ("model.layers.0.something_else", WIDE, "w8c"),
+    ("model.vision_tower.encoder.layers.0.mlp.fc1", WIDE, None),
+    ("model.vision_tower.encoder.layers.0.self_attn.q_proj", SQUARE, None),
+    ("vision_tower.embeddings.position_embedding", TABLE, None),
+    ("visual.blocks.0.attn.qkv", WIDE, None),
+    ("model.multi_modal_projector.linear", WIDE, None),
+    ("audio_tower.layers.0.fc1", WIDE, None),
+    ("mm_projector.0", WIDE, None),
+)
+
+
+@pytest.mark.parametrize(("name", "module", "scheme"), CASES, ids=[case[0] for case in CASES])
+def test_default(name: str, module: nn.Module, scheme: str | None) -> None:
+    assert Recipe.named("default").scheme_for(name, module) == scheme
+
+
+@pytest.mark.parametrize(("recipe", "attention", "ffn"), [("q4", "w4g32", "w4g32"), ("int8", "w8c", "w8c"), ("none", None, None)])
+def test_other_recipes(recipe: str, attention: str | None, ffn: str | None) -> None:
+    chosen = Recipe.named(recipe)
+    assert chosen.scheme_for("model.layers.0.self_attn.q_proj", SQUARE) == attention
+    assert chosen.scheme_for("model.layers.0.mlp.up_proj", WIDE) == ffn
+    assert chosen.scheme_for("model.vision_tower.fc1", WIDE) is None
+    assert chosen.scheme_for("model.embed_tokens", TABLE) == (None if recipe == "none" else "w8a")
+
+
+def test_names() -> None:
+    assert recipes() == ("default", "q4", "int8", "none")
+    with pytest.raises(OptionError, match=r"'int3'.*'default', 'q4', 'int8', 'none'"):
+        Recipe.named("int3")
+
+
+@pytest.mark.parametrize("name", recipes())
+def test_json_round_trip(name: str) -> None:
+    recipe = Recipe.named(name).with_overrides({"layers\\.0\\.": None, "head$": "w8c"})
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def test_overrides_come_first() -> None:
+    recipe = Recipe.named("default").with_overrides({r"layers\.0\.": None, r"up_proj$": "w8c"})
+    assert recipe.scheme_for("model.layers.0.mlp.up_proj", WIDE) is None
+    assert recipe.scheme_for("model.layers.1.mlp.up_proj", WIDE) == "w8c"
+    assert recipe.scheme_for("model.layers.1.mlp.gate_proj", WIDE) == "w4g32"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 99}, "version 99.*upgrade"),
+        ({"version": None}, "version None"),
+        ({"rules": [{"kind": "any"}]}, "damaged"),
+        ({"rules": [{"kind": "any", "pattern": "", "scheme": "w2"}]}, "w2"),
+        ({"rules": 3}, "damaged"),
+    ],
+)
+def test_damaged_json(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        Recipe.from_dict({**Recipe.named("default").to_dict(), **change})
+
+
+@pytest.mark.parametrize(("rule", "message"), [(("any", "(", "w8c"), "regular expression"), (("any", "", "w9"), "w9"), (("x", "", "w8c"), "kind")])
+def test_bad_rules(rule: tuple[str, str, str], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        Rule(*rule)
