@@ -57,6 +57,16 @@ def unicorn(
     names = dict(zip(placeholders, parameter_names(gm), strict=True))
     plan = describe(normal, names, taken.reasons, next(_numbers))
     _report(plan, parsed)
+    return finish(normal, plan)
+
+
+def finish(normal: GraphModule, plan: Plan) -> Callable[..., Any]:
+    """The callable that Dynamo will run for `plan`: the graph's own generated Python.
+
+    Measured against Inductor for what is left beside our ops: compiling one decode graph of 26 layers
+    takes Inductor 76-189 s on two cores, and the generated Python runs about 10 small torch ops per
+    layer at 1-3 us each.
+    """
     return normal.forward
 
 
