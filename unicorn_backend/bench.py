@@ -86,7 +86,7 @@ def bench(work: Workload, *, eager: bool = True, peer: Peer | None = None) -> di
     parameters = sum(p.numel() for p in original.parameters())
     systems = _systems(original, work, ids, eager, peer)
     # Hashing is also the warm-up: afterwards everything is compiled.
-    hashes = {s.name: measure.last_logits_hash(s.model, ids, work.new_tokens) for s in systems if s.model}
+    hashes = {s.name: measure.last_logits_hash(s.model, ids, work.new_tokens) for s in systems if s.model is not None}
     kv = measure.kv_bytes(original, context=work.prompt_tokens + work.new_tokens // 2)
     before = measure.read_bandwidth()
     timings = measure.interleave({s.name: s.run for s in systems}, work.rounds)

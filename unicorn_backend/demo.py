@@ -64,7 +64,7 @@ def report(result: dict[str, Any]) -> str:
         "",
         table.text(("", "eager bf16", "unicorn", ""), rows),
         "",
-        f"quantized in {result['quantize_s']:.2f} s; first generate, which compiles, {result['first_generate_s']:.1f} s",
+        f"quantized in {result['quantize_s']:.2f} s; first generate (compiles) {result['first_generate_s']:.1f} s",
         f"speed: medians of {speed['rounds']} interleaved rounds, prompt {speed['prompt_tokens']}, "
         f"{speed['new_tokens']} new tokens, {speed['provenance']['threads']} threads",
         f"fidelity: {quality['tokens']} tokens of WikiText-2 test; ± is one standard error",

@@ -7,17 +7,17 @@ or a hub id.
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from unicorn_backend import assets
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.models.random import CONFIGS, random_model
 
-TINY = Path(str(files(__name__))) / "tiny-gemma3"
-SAMPLE_TEXT = Path(str(files(__name__))) / "wikitext2-test-head.txt"
+TINY = assets.embedded_model()
+SAMPLE_TEXT = TINY.parent / "wikitext2-test-head.txt"
 
 
 def load(name: str | Path = "tiny") -> Any:
