@@ -2,23 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
 
-from unicorn_backend import ops, reference
+from unicorn_backend import assets, ops, reference
+from unicorn_backend.errors import NativeLibraryError
 
 
-def _has_kernel(name: str) -> bool:
+def has_kernel(name: str) -> bool:
+    """True if op `name` has a CPU kernel of its own."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"unicorn::{name}", "CPU")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def plain_kernels() -> None:
-    """Without native kernels, the reference runs the ops."""
+def kernels() -> None:
+    """The native kernels; without them the reference runs the ops."""
+    with contextlib.suppress(NativeLibraryError):
+        assets.load_native()
     for name, function in reference.FUNCTIONS.items():
-        if not _has_kernel(name):
+        if not has_kernel(name):
             ops.LIBRARY.impl(name, function, "CPU")
+
+
+@pytest.fixture
+def native() -> None:
+    """Skip where the native quantizer is not built."""
+    if not has_kernel("quantize_w4g32"):
+        pytest.skip("the native library is not built")
 
 
 class Ffn(nn.Module):

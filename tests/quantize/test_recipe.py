@@ -51,7 +51,9 @@ def test_default(name: str, module: nn.Module, scheme: str | None) -> None:
     assert Recipe.named("default").scheme_for(name, module) == scheme
 
 
-@pytest.mark.parametrize(("recipe", "attention", "ffn"), [("q4", "w4g32", "w4g32"), ("int8", "w8c", "w8c"), ("none", None, None)])
+@pytest.mark.parametrize(
+    ("recipe", "attention", "ffn"), [("q4", "w4g32", "w4g32"), ("int8", "w8c", "w8c"), ("none", None, None)]
+)
 def test_other_recipes(recipe: str, attention: str | None, ffn: str | None) -> None:
     chosen = Recipe.named(recipe)
     assert chosen.scheme_for("model.layers.0.self_attn.q_proj", SQUARE) == attention
@@ -94,7 +96,10 @@ def test_damaged_json(change: dict[str, Any], message: str) -> None:
         Recipe.from_dict({**Recipe.named("default").to_dict(), **change})
 
 
-@pytest.mark.parametrize(("rule", "message"), [(("any", "(", "w8c"), "regular expression"), (("any", "", "w9"), "w9"), (("x", "", "w8c"), "kind")])
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [(("any", "(", "w8c"), "regular expression"), (("any", "", "w9"), "w9"), (("x", "", "w8c"), "kind")],
+)
 def test_bad_rules(rule: tuple[str, str, str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Rule(*rule)

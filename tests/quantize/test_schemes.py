@@ -49,7 +49,9 @@ def test_shapes_are_the_contracts(scheme: str, shape: tuple[int, int], dtype: to
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_fake_agrees(scheme: str) -> None:
     op = getattr(torch.ops.unicorn, f"quantize_{scheme}").default
-    torch.library.opcheck(op, (torch.randn(17, 33, dtype=torch.bfloat16),), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(
+        op, (torch.randn(17, 33, dtype=torch.bfloat16),), test_utils=("test_schema", "test_faketensor")
+    )
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

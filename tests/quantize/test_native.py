@@ -1,0 +1,102 @@
+"""The native quantizer gives the bits of the plain-torch reference, on every instruction set."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from unicorn_backend.quantize import schemes
+
+REFERENCES = {
+    "w4g32": schemes.quantize_w4g32_reference,
+    "w8c": schemes.quantize_w8c_reference,
+    "w8a": schemes.quantize_w8a_reference,
+}
+SHAPES = ((1, 1), (3, 7), (16, 32), (17, 33), (31, 95), (64, 640), (100, 1152))
+
+pytestmark = pytest.mark.usefixtures("native")
+
+
+@pytest.fixture(params=["avx512", "avx2", "portable"])
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        yield torch.ops.unicorn.quantize_isa(request.param)
+    except ValueError:
+        pytest.skip(f"this CPU has no {request.param}")
+    finally:
+        torch.ops.unicorn.quantize_isa("")
+
+
+def _weights(shape: tuple[int, int]) -> Iterator[torch.Tensor]:
+    """Normal, heavy-tailed, one-sided, tiny, huge, and with dead rows and groups."""
+    w = torch.randn(shape)
+    yield w
+    yield w**3
+    yield w.abs() + 0.1
+    yield w * 1e-7  # fp16 subnormal scales
+    yield w * 1e-38
+    yield w * 3e37 / w.abs().max()
+    dead = w.clone()
+    dead[::2], dead[:, : shape[1] // 2] = 0.0, -0.0
+    yield dead
+    yield torch.randint(-8, 9, shape) / 8.0  # ties
+
+
+@pytest.mark.parametrize("scheme", REFERENCES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_bits(isa: str, scheme: str, dtype: torch.dtype) -> None:
+    for shape in SHAPES:
+        for case, weight in enumerate(_weights(shape)):
+            w = weight.clamp(-6e4, 6e4).to(dtype) if dtype is torch.float16 else weight.to(dtype)
+            for got, want in zip(schemes.quantize_weight(w, scheme), REFERENCES[scheme](w), strict=True):
+                assert got.dtype == want.dtype and torch.equal(_bits(got), _bits(want)), (isa, shape, case)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """As bytes: torch.equal takes -0.0 for 0.0."""
+    return tensor.view(torch.uint8)
+
+
+@pytest.mark.parametrize("scheme", REFERENCES)
+def test_strided_rows(isa: str, scheme: str) -> None:
+    """A row range or a column range of a wider weight, and a transposed one."""
+    wide = torch.randn(96, 96, dtype=torch.bfloat16)
+    for w in (wide[:, 32:72], wide[7:40], wide.t(), wide[::2]):
+        for got, want in zip(schemes.quantize_weight(w, scheme), REFERENCES[scheme](w.contiguous()), strict=True):
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("scheme", REFERENCES)
+@pytest.mark.parametrize("bad", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("at", [(0, 0), (16, 32), (8, 31), (15, 5)])
+def test_not_finite(isa: str, scheme: str, bad: float, at: tuple[int, int]) -> None:
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        w = torch.randn(17, 33).to(dtype)
+        w[at] = bad
+        assert torch.ops.unicorn.count_nonfinite(w) == 1
+        with pytest.raises(ValueError, match="1 of 561 elements are NaN or Inf"):
+            schemes.quantize_weight(w, scheme)
+
+
+def test_thread_count_does_not_matter() -> None:
+    w, threads = torch.randn(333, 700), torch.get_num_threads()
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        results.append([t for scheme in REFERENCES for t in schemes.quantize_weight(w, scheme)])
+    torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for other in results[1:] for a, b in zip(results[0], other, strict=True))
+
+
+def test_speed() -> None:
+    """A floor that a plain-torch fallback (some 30 MB/s) cannot reach; the benchmark has the numbers."""
+    w = torch.randn(2048, 4096).to(torch.bfloat16)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        schemes.quantize_weight(w, "w4g32")
+        seconds.append(time.perf_counter() - start)
+    assert w.nbytes / min(seconds) > 150e6
