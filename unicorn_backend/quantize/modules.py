@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from unicorn_backend import ops as _ops  # noqa: F401  (defines the unicorn:: ops)
 from unicorn_backend.layouts import scheme_of
-from unicorn_backend.quantize.schemes import empty_packed
 
 BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
 
@@ -138,7 +137,7 @@ class _Packed(nn.Module):
         return _rebuild, (_float_class(type(self)),), self.__dict__
 
 
-class QuantLinear(_Packed, nn.Linear):
+class QuantLinear(_Packed, nn.Linear):  # type: ignore[override]
     """`y[..., N] = x[..., K] . W[N, K]^T + bias` with a packed W, through `unicorn::linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -146,7 +145,7 @@ class QuantLinear(_Packed, nn.Linear):
         return y
 
 
-class QuantEmbedding(_Packed, nn.Embedding):
+class QuantEmbedding(_Packed, nn.Embedding):  # type: ignore[override]
     """Rows of a packed table [V, H] in the dtype of the float table, through `unicorn::embedding`."""
 
     def forward(self, input: Tensor) -> Tensor:
@@ -193,7 +192,7 @@ def pack_module(module: nn.Module, packed: list[Tensor], *, keep: bool = False, 
     """
     weight = module._parameters.pop("weight")
     assert weight is not None
-    module.__class__ = quantized_class(type(module))
+    module.__class__ = quantized_class(type(module))  # type: ignore[arg-type]
     assert isinstance(module, _Packed)
     module.weight_dtype, module.weight_shape = weight.dtype, (weight.shape[0], weight.shape[1])
     module.set_packed(packed, persistent=owner)
@@ -209,7 +208,7 @@ def unpack_module(module: QuantLinear | QuantEmbedding, weight: nn.Parameter) ->
     for name in ("_kept_weight", "weight_dtype", "weight_shape"):
         module.__dict__.pop(name, None)
     bias = module._parameters.pop("bias", None)
-    module.__class__ = _float_class(type(module))
+    module.__class__ = _float_class(type(module))  # type: ignore[assignment]
     module.register_parameter("weight", weight)
     if isinstance(module, nn.Linear):
         module.register_parameter("bias", bias)  # after the weight, as in a fresh module
@@ -236,5 +235,5 @@ def _float_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
-    new = quantized_class(cls)
+    new = quantized_class(cls)  # type: ignore[arg-type]
     return new.__new__(new)

@@ -85,7 +85,8 @@ class Recipe:
         """A recipe that asks `overrides` (regular expression -> scheme, None for float) first."""
         if not overrides:
             return self
-        first = tuple(Rule("any", pattern, scheme or FLOAT, "left by the caller") for pattern, scheme in overrides.items())
+        why = "left by the caller"
+        first = tuple(Rule("any", pattern, scheme or FLOAT, why) for pattern, scheme in overrides.items())
         return Recipe(self.name, (*first, *self.rules))
 
     def to_dict(self) -> dict[str, Any]:
@@ -97,7 +98,9 @@ class Recipe:
         """Inverse of `to_dict`. Raises CheckpointError for a newer version or a damaged dict."""
         version = data.get("version")
         if not isinstance(version, int) or version < 1:
-            raise CheckpointError(f"quantization recipe: got version {version!r}, expected 1 to {VERSION}; is config.json intact?")
+            raise CheckpointError(
+                f"quantization recipe: got version {version!r}, expected 1 to {VERSION}; is config.json intact?"
+            )
         if version > VERSION:
             raise CheckpointError(
                 f"quantization recipe of version {version}; this unicorn_backend reads up to {VERSION}: "
@@ -132,7 +135,7 @@ _SCHEMES_TEXT = ", ".join((*SCHEMES, FLOAT))
 # Names of the modules of transformers 5 (Gemma 2 to 4, Llama, Qwen, Mistral, Phi, GPT-2 style).
 _LEFT = (
     # Quantized vision towers cost OCR quality (optimum-intel issue 1241), and they run once per image.
-    Rule("any", r"vision|visual|image|audio|multi_?modal|(^|\.)mm_", FLOAT, "vision, audio and projector weights stay float"),
+    Rule("any", r"vision|visual|image|audio|multi_?modal|(^|\.)mm_", FLOAT, "vision, audio and projectors stay float"),
     # A wrong expert is a wrong function; routers are below 0.1 % of the bytes.
     Rule("narrow", r"router|(^|\.)(\w+_)?gate$", FLOAT, "routers and gates stay float"),
     Rule("linear", r"(^|\.)altup\.", FLOAT, "mixing coefficients, read as a weight by their owner"),
