@@ -7,6 +7,7 @@ quantizers: then, and not before, our quantizer is imported and added to them.
 
 from __future__ import annotations
 
+import importlib
 import importlib.abc
 import importlib.util
 import sys
@@ -26,9 +27,9 @@ def register() -> None:
 
 
 def _add_quantizer() -> None:
-    from unicorn_backend.integration import hf_quantizer
-
-    hf_quantizer.register()
+    # The module registers itself at its end: here it may be half imported, when its own import of
+    # transformers is what got us called.
+    importlib.import_module("unicorn_backend.integration.hf_quantizer")
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -58,5 +59,5 @@ class _Loader(importlib.abc.Loader):
     def exec_module(self, module: ModuleType) -> None:
         self._loader.exec_module(module)
         assert module.__spec__ is not None
-        module.__spec__.loader = module.__loader__ = self._loader  # type: ignore[assignment]
+        module.__spec__.loader = module.__loader__ = self._loader
         _add_quantizer()

@@ -24,6 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
 from unicorn_backend.quantize import rewrite
+from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import BUFFERS, QuantEmbedding, QuantLinear, pack_module
 from unicorn_backend.quantize.recipe import Recipe
 from unicorn_backend.quantize.schemes import empty_packed
@@ -31,7 +32,7 @@ from unicorn_backend.quantize.schemes import empty_packed
 METHOD = "unicorn"
 
 
-class UnicornConfig(QuantizationConfigMixin):  # type: ignore[misc]
+class UnicornConfig(QuantizationConfigMixin):
     """`quantization_config` of `from_pretrained`, and of config.json in a packed checkpoint.
 
     recipe: a name from `unicorn_backend.recipes()`, a `Recipe`, or its dict (as in config.json).
@@ -48,14 +49,14 @@ class UnicornConfig(QuantizationConfigMixin):  # type: ignore[misc]
         if unknown:
             raise OptionError(f"UnicornConfig: unknown option {next(iter(unknown))!r}; allowed are recipe and rules")
         known = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else Recipe.named(recipe)
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]
         self.recipe = known.with_overrides(rules or {})
 
     def to_dict(self) -> dict[str, Any]:
         return {"quant_method": self.quant_method, "recipe": self.recipe.to_dict()}
 
 
-class UnicornQuantizer(HfQuantizer):  # type: ignore[misc]
+class UnicornQuantizer(HfQuantizer):
     """Hooks of `from_pretrained` and `save_pretrained`.
 
     A float checkpoint: the modules stay as they are until their weight arrives; `convert` packs it and
@@ -70,10 +71,11 @@ class UnicornQuantizer(HfQuantizer):  # type: ignore[misc]
         self._jobs: list[rewrite.Job] = []
         self._by_name: dict[str, rewrite.Job] = {}
         self._error: Exception | None = None
+        self._mapped: MappedFiles | None = None
 
     @property
     def recipe(self) -> Recipe:
-        recipe: Recipe = self.quantization_config.recipe
+        recipe: Recipe = self.quantization_config.recipe  # type: ignore[attr-defined]
         return recipe
 
     def update_device_map(self, device_map: Any) -> Any:
@@ -83,7 +85,9 @@ class UnicornQuantizer(HfQuantizer):  # type: ignore[misc]
         places = device_map.values() if isinstance(device_map, Mapping) else [device_map]
         automatic = ("auto", "balanced", "balanced_low_0", "sequential", "cpu")
         if other := [place for place in places if str(place) not in automatic]:
-            raise OptionError(f"device_map: got {other[0]!r}; a unicorn model runs on the CPU, use 'cpu', 'auto' or none")
+            raise OptionError(
+                f"device_map: got {other[0]!r}; a unicorn model runs on the CPU, use 'cpu', 'auto' or none"
+            )
         return {"": "cpu"}
 
     def _process_model_before_weight_loading(
@@ -117,12 +121,19 @@ class UnicornQuantizer(HfQuantizer):  # type: ignore[misc]
         its type. Nothing more is packed after one.
         """
         rest: dict[str, Any] = {}
-        for key, value in input_dict.items():
+        self._mapped = self._mapped or MappedFiles()
+        for key in list(input_dict):
             job = self._by_name.get(key)
+            value = input_dict.pop(key)
             if job is None:
                 rest[key] = value
                 continue
-            self._place(job, key, value[0] if isinstance(value, list) else value)
+            weight = value.pop() if isinstance(value, list) else value
+            del value
+            storage = weight.untyped_storage()
+            self._place(job, key, weight)
+            del weight
+            self._mapped.release(storage)
             if missing_keys is not None:
                 missing_keys.difference_update(f"{name}.weight" for name, _ in job.users)
             if model is not None and len(job.users) > 1:
@@ -148,11 +159,11 @@ class UnicornQuantizer(HfQuantizer):  # type: ignore[misc]
             for i, (_, module) in enumerate(job.users):
                 pack_module(module, packed, owner=i == 0)
             return
-        first = job.users[0][1].packed
-        if not all(map(torch.equal, packed, first)):
-            module = dict(job.users)[name]
-            module.set_packed(packed)
-            job.users = [user for user in job.users if user[1] is not module]
+        first: Any = job.users[0][1]
+        if not all(map(torch.equal, packed, first.packed)):
+            other: Any = dict(job.users)[name]
+            other.set_packed(packed)
+            job.users = [user for user in job.users if user[1] is not other]
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Packed tensors keep the dtype they have in the file."""
@@ -165,13 +176,14 @@ class UnicornQuantizer(HfQuantizer):  # type: ignore[misc]
         for job in self._jobs:
             owner = job.users[0][1]
             if isinstance(owner, (QuantLinear, QuantEmbedding)):
+                module: Any
                 for _name, module in job.users[1:]:
                     module.set_packed(owner.packed, persistent=False)
         check_packed(model, loaded=self.pre_quantized)
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.__dict__["_unicorn_recipe"] = self.recipe
-        self._jobs, self._by_name = [], {}
+        self._jobs, self._by_name, self._mapped = [], {}, None
         return model
 
     def is_serializable(self) -> bool:
@@ -261,7 +273,9 @@ def check_packed(model: nn.Module, *, loaded: bool) -> None:
             got = module._buffers.get(buffer)
             missing = got is None or got.is_meta
             if missing or (loaded and not getattr(got, "_is_hf_initialized", False)):
-                raise CheckpointError(f"{name}.{buffer} is not in the checkpoint: is a shard missing, or the model another one?")
+                raise CheckpointError(
+                    f"{name}.{buffer} is not in the checkpoint: is a shard missing, or the model another one?"
+                )
             assert got is not None
             if got.shape != want.shape or got.dtype != want.dtype:
                 raise CheckpointError(
@@ -283,8 +297,15 @@ def check_files(paths: Iterable[str]) -> None:
             except ValueError:
                 header = None
         if not isinstance(header, dict):
-            raise CheckpointError(f"{path}: damaged or cut short ({size} bytes, unreadable header): copy or download it again")
+            raise CheckpointError(
+                f"{path}: damaged or cut short ({size} bytes, unreadable header): copy or download it again"
+            )
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
         wanted = 8 + header_bytes + max(ends, default=0)
         if size != wanted:
-            raise CheckpointError(f"{path}: cut short or damaged: {size} bytes, its header says {wanted}: copy or download it again")
+            raise CheckpointError(
+                f"{path}: cut short or damaged: {size} bytes, its header says {wanted}: copy or download it again"
+            )
+
+
+register()

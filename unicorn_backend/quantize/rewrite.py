@@ -1,12 +1,14 @@
 """Quantize a model in place: walk, check every weight, then replace them one by one.
 
 A weight that cannot be quantized (NaN, Inf, a meta tensor) is found before the first one is touched,
-by a scan that reads memory once (about 5 % of the time), so an error leaves the model as it was. Each
-float weight is let go before the next one is packed: the peak is the float model plus one packed weight.
+by a scan that reads memory once, so an error leaves the model as it was. Small weights come first and
+each float weight is let go before the next one is packed: when the embedding (the largest) is packed,
+the rest is small already, and the peak is the float model itself.
 """
 
 from __future__ import annotations
 
+import re
 import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +21,7 @@ from tqdm.auto import tqdm
 
 from unicorn_backend.errors import OptionError, QuantizationError
 from unicorn_backend.layouts import dequantize
+from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import (
     QuantEmbedding,
     QuantLinear,
@@ -88,11 +91,12 @@ def quantize(
     _check_weights(jobs)
     total = sum(job.weight.nbytes for job in jobs)
     hidden = total < PROGRESS_BYTES if progress is None else not progress
-    queue = deque(jobs)
+    queue = deque(sorted(jobs, key=lambda job: job.weight.nbytes))
     del jobs
+    mapped = MappedFiles()
     with tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar:
         while queue:
-            bar.update(run(queue.popleft(), keep_weights))
+            bar.update(_run(queue.popleft(), mapped, keep_weights))
     _mark(model, chosen)
     return model
 
@@ -108,15 +112,14 @@ def resolve(model: nn.Module, recipe: str | Recipe, rules: Rules | None = None) 
     for name, module in _candidates(model):
         answer = rules(name, module)
         if answer is not None and answer not in (*SCHEMES, FLOAT):
-            raise OptionError(f"rules({name!r}, ...) returned {answer!r}, allowed are {', '.join((*SCHEMES, FLOAT))}, None")
+            allowed = ", ".join((*SCHEMES, FLOAT))
+            raise OptionError(f"rules({name!r}, ...) returned {answer!r}, allowed are {allowed}, None")
         if answer is not None:
-            answers[f"^{name.replace('.', chr(92) + '.')}$"] = answer
+            answers[f"^{re.escape(name)}$"] = answer
     return chosen.with_overrides(answers)
 
 
-def plan(
-    model: nn.Module, recipe: Recipe, tied: Mapping[str, str] | None = None
-) -> tuple[list[Job], dict[str, str]]:
+def plan(model: nn.Module, recipe: Recipe, tied: Mapping[str, str] | None = None) -> tuple[list[Job], dict[str, str]]:
     """(weights to pack, {module name: why its weight is left}). Reads nothing; works on meta too.
 
     A weight with several users is packed only if all of them can use it packed, with the scheme of
@@ -142,12 +145,15 @@ def plan(
     return jobs, left
 
 
-def run(job: Job, keep: bool = False) -> int:
-    """Pack one weight and change its modules. Returns the bytes of the float weight."""
+def _run(job: Job, mapped: MappedFiles, keep: bool) -> int:
+    """Pack one weight, change its modules, let the float weight go. Returns the bytes of that."""
+    size, storage = job.weight.nbytes, job.weight.untyped_storage()
     packed = pack_weight(job.weight.detach(), job.scheme, job.users[0][0])
     for i, (_, module) in enumerate(job.users):
         pack_module(module, packed, keep=keep, owner=i == 0)
-    return job.weight.nbytes
+    del job.weight
+    mapped.release(storage)
+    return size
 
 
 def pack_weight(weight: Tensor, scheme: str, name: str) -> list[Tensor]:

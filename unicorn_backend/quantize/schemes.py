@@ -20,7 +20,9 @@ from unicorn_backend.quantize.recipe import SCHEMES
 
 # Factors of the w4g32 search: the group's largest |w| is mapped to each of these, for both signs of
 # the scale. Relative error on N(0,1): 8 factors 8.10 %, 15 factors 8.09 %, 61 factors 8.09 %, and
-# 8.62 % for the single factor 8 of ggml's Q4_0. A finer search only costs time.
+# 8.62 % for the single factor 8 of ggml's Q4_0. A finer search only costs time. Weighting the error
+# by w^2 (ggml's rule) is worse where it counts: mean KL of the embedded model with every linear in
+# w4g32 is 0.00097 unweighted, 0.00104 weighted (standard error 0.00001), 0.00102 for Q4_0.
 FACTORS = tuple(6.25 + 0.375 * i for i in range(8))  # 6.25 .. 8.875, exact in fp32
 
 MIN_AMAX = 2.0**-100  # below it a weight counts as zero: its reciprocal stays finite and normal
