@@ -18,14 +18,14 @@ using unicorn::AttentionArgs;
 using unicorn::DType;
 using unicorn::MaskKind;
 
-constexpr int64_t kAlign = 16;       // floats: every buffer starts on a cache line
-constexpr int64_t kPanel = 64;       // widest panel of any instruction set, in floats
-constexpr int64_t kTileRows = 6;     // query rows per prefill tile
-constexpr int64_t kKeyBlock = 128;   // keys per prefill block: packed K and V stay in L2
-constexpr int64_t kRowBlock = 120;   // query rows per prefill task: packing K and V is ~3 % of its work
+constexpr int64_t kAlign = 16;      // floats: every buffer starts on a cache line
+constexpr int64_t kPanel = 64;      // widest panel of any instruction set, in floats
+constexpr int64_t kTileRows = 6;    // query rows per prefill tile
+constexpr int64_t kKeyBlock = 128;  // keys per prefill block: packed K and V stay in L2
+constexpr int64_t kRowBlock = 120;  // query rows per prefill task: packing K and V is ~3 % of its work
 constexpr int64_t kMinRows = 24;
-constexpr int64_t kDecodeT = 8;      // up to this many queries, and
-constexpr int64_t kDecodeMax = 32;   // this many rows per K/V head, K and V are split over blocks of keys
+constexpr int64_t kDecodeT = 8;     // up to this many queries, and
+constexpr int64_t kDecodeMax = 32;  // this many rows per K/V head, K and V are split over blocks of keys
 constexpr int64_t kDecodeBlock = 256;
 constexpr int64_t kDecodeMinBlock = 64;
 constexpr int64_t kDecodeBlocks = 32;
@@ -38,8 +38,8 @@ struct Plan {
   int64_t group, rows_total;  // query heads per K/V head; rows r = t * group + head in group
   int64_t dq, dv;             // padded widths
   bool decode;
-  int64_t rows, blocks, block;      // rows per task; decode: number and length of blocks of keys
-  int64_t shared, scratch;          // floats: decode partial results; per thread
+  int64_t rows, blocks, block;  // rows per task; decode: number and length of blocks of keys
+  int64_t shared, scratch;      // floats: decode partial results; per thread
 };
 
 Plan make_plan(const AttentionArgs& a) {

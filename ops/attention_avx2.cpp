@@ -9,7 +9,6 @@ namespace {
 
 constexpr int W = 8;            // floats per vector
 constexpr int kMaxColumns = 2;  // vectors per panel: 6 x 2 sums of 16 registers
-constexpr int kDecodeRows = 2;  // 4 keys x 2 rows of sums, 4 vectors of keys
 
 typedef __m256 vf;
 

@@ -4,7 +4,6 @@ namespace {
 
 constexpr int W = 16;           // floats per vector
 constexpr int kMaxColumns = 4;  // vectors per panel: 6 x 4 sums of 32 registers
-constexpr int kDecodeRows = 4;  // 4 keys x 4 rows of sums
 
 typedef __m512 vf;
 

@@ -3,9 +3,8 @@
 
 namespace {
 
-constexpr int W = 4;             // floats per vector
-constexpr int kMaxColumns = 2;   // vectors per panel of the prefill tiles
-constexpr int kDecodeRows = 2;   // query rows per decode tile
+constexpr int W = 4;            // floats per vector
+constexpr int kMaxColumns = 2;  // vectors per panel of the prefill tiles
 
 typedef float vf __attribute__((vector_size(16)));
 typedef int32_t vi __attribute__((vector_size(16)));

@@ -140,7 +140,7 @@ struct Prefill {
       if (c >= kMaxColumns) {
         scores_panel<T, kMaxColumns>(s);
       } else if (c == 3) {
-        scores_panel<T, kMaxColumns < 3 ? 1 : 3>(s);
+        scores_panel < T, kMaxColumns<3 ? 1 : 3>(s);
       } else if (c == 2) {
         scores_panel<T, 2>(s);
       } else {
@@ -178,7 +178,7 @@ struct Prefill {
       if (c >= kMaxColumns) {
         values_panel<kMaxColumns>(d);
       } else if (c == 3) {
-        values_panel<kMaxColumns < 3 ? 1 : 3>(d);
+        values_panel < kMaxColumns<3 ? 1 : 3>(d);
       } else if (c == 2) {
         values_panel<2>(d);
       } else {
@@ -218,7 +218,8 @@ void prefill_task(const AttentionArgs& a, const Plan& p, int64_t b, int64_t hk, 
     if (task.lo >= task.hi) continue;
     task.scores<T>(row_of<T>(a.k, b * a.k_stride[0] + hk * a.k_stride[1] + s0 * a.k_stride[2]), n);
     task.softmax(s0, n);
-    pack_values<T>(a, row_of<T>(a.v, b * a.v_stride[0] + hk * a.v_stride[1] + s0 * a.v_stride[2]), task.lo, task.hi, task.v);
+    pack_values<T>(a, row_of<T>(a.v, b * a.v_stride[0] + hk * a.v_stride[1] + s0 * a.v_stride[2]), task.lo, task.hi,
+                   task.v);
     task.values();
   }
   task.finish(b);
@@ -237,7 +238,8 @@ void run_prefill(const AttentionArgs& a, const Plan& p) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = tasks - 1; i >= 0; --i) {
       const int64_t heads = a.B * a.Hkv, head = i % heads;
-      prefill_task<T>(a, p, head / a.Hkv, head % a.Hkv, i / heads * p.rows, static_cast<float*>(a.workspace) + id * p.scratch);
+      prefill_task<T>(a, p, head / a.Hkv, head % a.Hkv, i / heads * p.rows,
+                      static_cast<float*>(a.workspace) + id * p.scratch);
     }
   }
 }

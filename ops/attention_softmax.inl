@@ -259,7 +259,8 @@ template <DType T>
 void pack_query(const void* base, int64_t offset, int64_t d, float* out) {
   const auto* p = row_of<T>(base, offset);
   constexpr int step = Dot<T>::step;
-  for (int64_t i = 0; i < d; i += step, out += W) store(out, d - i >= step ? Dot<T>::load(p + i) : Dot<T>::part(p + i, d - i));
+  for (int64_t i = 0; i < d; i += step, out += W)
+    store(out, d - i >= step ? Dot<T>::load(p + i) : Dot<T>::part(p + i, d - i));
 }
 
 }  // namespace
