@@ -97,9 +97,10 @@ class UnicornQuantizer(HfQuantizer):
         if not self.pre_quantized:
             self._by_name = {f"{name}.weight": job for job in self._jobs for name, _ in job.users}
             return
-        check_files(checkpoint_files or [])
+        stored = check_files(checkpoint_files or [])
         for job in self._jobs:
             _pack_meta(job)
+        check_stored(model, stored)
         untie(model)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
@@ -284,8 +285,33 @@ def check_packed(model: nn.Module, *, loaded: bool) -> None:
                 )
 
 
-def check_files(paths: Iterable[str]) -> None:
-    """CheckpointError naming the file, for a safetensors file that is cut short or has a damaged header."""
+Stored = dict[str, tuple[str, list[int]]]  # tensor name -> (safetensors dtype, shape)
+_DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
+
+
+def check_stored(model: nn.Module, stored: Stored) -> None:
+    """CheckpointError for a packed tensor in the files with another dtype or shape than its module has.
+
+    transformers would refuse too, but without a name in the error. Names that it maps on loading are
+    left to it.
+    """
+    for name, want in model.named_buffers():
+        if not name.endswith(BUFFERS) or name not in stored:
+            continue
+        dtype, shape = stored[name]
+        if _DTYPES.get(dtype) != want.dtype or shape != list(want.shape):
+            raise CheckpointError(
+                f"{name}: the file has {dtype} {shape}, expected {want.dtype} {list(want.shape)}: "
+                "config.json does not belong to these weights, or the file is damaged"
+            )
+
+
+def check_files(paths: Iterable[str]) -> Stored:
+    """dtype and shape of every tensor in the safetensors files.
+
+    CheckpointError naming the file, for one that is cut short or has a damaged header.
+    """
+    stored: Stored = {}
     for path in paths:
         if not str(path).endswith(".safetensors"):
             continue
@@ -300,12 +326,14 @@ def check_files(paths: Iterable[str]) -> None:
             raise CheckpointError(
                 f"{path}: damaged or cut short ({size} bytes, unreadable header): copy or download it again"
             )
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-        wanted = 8 + header_bytes + max(ends, default=0)
+        header.pop("__metadata__", None)
+        stored.update({name: (entry["dtype"], entry["shape"]) for name, entry in header.items()})
+        wanted = 8 + header_bytes + max((entry["data_offsets"][1] for entry in header.values()), default=0)
         if size != wanted:
             raise CheckpointError(
                 f"{path}: cut short or damaged: {size} bytes, its header says {wanted}: copy or download it again"
             )
+    return stored
 
 
 register()
