@@ -90,6 +90,15 @@ LIBRARY.define(
     f"{_POST}) -> Tensor"
 )
 
+# For tests and benchmarks: force an instruction set ("" = the best; returns the one in use), list those
+# of this CPU, an activation elementwise (fp32, a multiple of 16 values), read all bytes of a tensor,
+# int8 multiply-adds from registers (returns their number).
+LIBRARY.define("set_isa(str name) -> str")
+LIBRARY.define("isas() -> str[]")
+LIBRARY.define("activate(Tensor x, str act) -> Tensor")
+LIBRARY.define("read_bytes(Tensor data) -> int")
+LIBRARY.define("dot_peak(int steps) -> int")
+
 
 @torch.library.register_fake("unicorn::linear")
 def _linear_fake(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
