@@ -70,7 +70,7 @@ def run(
     """
     tokenizer = models.load_tokenizer(model)
     ids = _encode(tokenizer, prompt, chat)
-    compiled = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
+    compiled: Any = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
     settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
     if temperature > 0:
         settings["temperature"] = temperature
@@ -116,7 +116,7 @@ def explain(model: Model = "tiny", recipe: Recipe = "default", as_json: AsJson =
 
     Example: `unicorn explain -m google/gemma-3-4b-it`
     """
-    compiled = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
+    compiled: Any = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
     ids = models.sample_ids(EXPLAIN_TOKENS, model)
     compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
     explanation = unicorn_backend.explain(compiled)

@@ -25,7 +25,7 @@ def demo(rounds: int = 7, new_tokens: int = 96) -> dict[str, Any]:
     unicorn_backend.quantize(model)
     quantize_s = time.perf_counter() - start
 
-    compiled = torch.compile(model, backend="unicorn")
+    compiled: Any = torch.compile(model, backend="unicorn")
     ids = tokenizer(PROMPT, return_tensors="pt").input_ids
     start = time.perf_counter()
     output = compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)

@@ -16,6 +16,8 @@ from unicorn_backend import assets
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.models.random import CONFIGS, random_model
 
+__all__ = ["CONFIGS", "SAMPLE_TEXT", "TINY", "load", "load_tokenizer", "sample_ids"]
+
 TINY = assets.embedded_model()
 SAMPLE_TEXT = TINY.parent / "wikitext2-test-head.txt"
 
@@ -44,7 +46,7 @@ def load_tokenizer(name: str | Path = "tiny") -> Any:
 
 def sample_ids(tokens: int, name: str | Path = "tiny") -> torch.Tensor:
     """int64 [1, tokens]: the head of WikiText-2 test in the tokens of the named model, repeated if short."""
-    ids = load_tokenizer(name)(SAMPLE_TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    ids: torch.Tensor = load_tokenizer(name)(SAMPLE_TEXT.read_text(encoding="utf-8"), return_tensors="pt").input_ids
     return ids.repeat(1, -(-tokens // ids.shape[1]))[:, :tokens]
 
 
