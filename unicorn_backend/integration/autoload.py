@@ -20,10 +20,16 @@ WATCHED = "transformers.quantizers.auto"
 
 def register() -> None:
     """Add the quantizer to transformers: now if its quantizers are imported, else when they are. Idempotent."""
-    if WATCHED in sys.modules:
+    if _imported():
         _add_quantizer()
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
+
+
+def _imported() -> bool:
+    """True once `WATCHED` is complete: it may itself be what imports torch first, and so calls us half way."""
+    module = sys.modules.get(WATCHED)
+    return module is not None and not getattr(module.__spec__, "_initializing", False)
 
 
 def _add_quantizer() -> None:
@@ -33,12 +39,18 @@ def _add_quantizer() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-    """Finds only `WATCHED`, once, the way the other finders do, and wraps its loader."""
+    """Finds only `WATCHED`, once, the way the other finders do, and wraps its loader.
+
+    Where `WATCHED` was half imported at registration, the next import after its end registers.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if fullname != WATCHED:
+            if _imported():
+                sys.meta_path.remove(self)
+                _add_quantizer()
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
