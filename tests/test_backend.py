@@ -144,16 +144,23 @@ def test_strict_turns_reasons_into_an_error() -> None:
     class Ungated(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a, self.b, self.o = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32)
+            self.a, self.b, self.o, self.q = nn.Linear(32, 64), nn.Linear(64, 32), nn.Linear(32, 32), nn.Linear(32, 32)
 
         def forward(self, x: torch.Tensor) -> torch.Tensor:
-            q = x.view(1, 4, 2, 16).transpose(1, 2)
+            q = self.q(x).view(1, 4, 2, 16).transpose(1, 2)
             x = self.o(F.scaled_dot_product_attention(q, q, q).transpose(1, 2).reshape(1, 4, 32))
             return self.b(F.gelu(self.a(x)))  # type: ignore[no-any-return]
 
     compiled = torch.compile(Ungated().eval(), backend="unicorn", options={"strict": True, "recipe": "none"})
     with torch.no_grad(), pytest.raises(Exception, match="not gated"):
         compiled(torch.randn(1, 4, 32))
+
+
+def test_strict_holds_where_nothing_is_taken() -> None:
+    module = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)).eval()
+    compiled = torch.compile(module, backend="unicorn", options={"strict": True})
+    with torch.no_grad(), pytest.raises(Exception, match="not gated"):
+        compiled(torch.randn(1, 8))
 
 
 def test_log_counts_graphs(tiny: Any, sample_ids: torch.Tensor, caplog: Any) -> None:

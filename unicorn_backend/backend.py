@@ -22,7 +22,7 @@ from unicorn_backend.graph.pattern import Reason
 from unicorn_backend.graph.rewrite import rewrite
 from unicorn_backend.integration import prepare, torch_hooks
 from unicorn_backend.options import Options
-from unicorn_backend.plan import Plan
+from unicorn_backend.plan import Left, Plan
 
 log = logging.getLogger(__name__)
 
@@ -44,14 +44,14 @@ def unicorn(
     """
     parsed = Options.parse(options)
     if note := leave_alone(example_inputs):
-        return _pass_through(gm, note)
+        return _pass_through(gm, parsed, note)
     normal = normalise(gm)
     if normal is None:
-        return _pass_through(gm, "no tensor inputs")
+        return _pass_through(gm, parsed, "no tensor inputs")
     taken = rewrite(normal)
     if not taken.regions and not prepare.has_quantized(example_inputs):
         note = prepare.reason_for_nothing() or "no attention or gated feed-forward was matched"
-        return _pass_through(gm, note, taken.reasons)
+        return _pass_through(gm, parsed, note, taken.reasons)
     prepare.quantize_owners(parsed, taken.regions, normal, example_inputs)
     placeholders = [node for node in normal.graph.nodes if node.op == "placeholder"]
     names = dict(zip(placeholders, parameter_names(gm), strict=True))
@@ -92,16 +92,16 @@ def leave_alone(example_inputs: Sequence[Any]) -> str:
     return ""
 
 
-def _pass_through(gm: GraphModule, note: str, reasons: Sequence[Reason] = ()) -> Callable[..., Any]:
+def _pass_through(gm: GraphModule, options: Options, note: str, reasons: Sequence[Reason] = ()) -> Callable[..., Any]:
     plan = Plan(next(_numbers), "unknown", note=note)
+    plan.left += [Left(reason.what, reason.where, reason.text) for reason in reasons]
     log.warning("graph %d runs as plain torch: %s", plan.graph, note)
-    for reason in reasons:
-        log.info("left to plain torch: %s", reason)
-    prepare.remember_plan(plan)
+    _report(plan, options)
     return gm.forward
 
 
 def _report(plan: Plan, options: Options) -> None:
+    """Log `plan`, keep it for `explain`, and raise if `strict` and anything was left."""
     log.info("%s", plan.summary())
     for left in plan.left:
         log.debug("left to plain torch: %s at %s: %s", left.kind, left.where, left.reason)
