@@ -1,399 +1,343 @@
-// The torch side of the ops: checks, shapes, allocation of results. The schemas are in unicorn_backend/ops.py.
-#include <ATen/ATen.h>
+// The unicorn:: ops for torch: checks, memory, and the way of weights that are not quantized.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
-#include <c10/core/GradMode.h>
 #include <torch/library.h>
 
-#include <optional>
-#include <string>
-#include <tuple>
-#include <vector>
+#include <cmath>
 
-#include "attention.h"
-#include "matmul.h"
-#include "quantize.h"
-#include "regions.h"
+#include "threads.h"
+#include "torch_arguments.h"
 
 namespace unicorn {
-bool attention_set_isa(const char* name);
-}
 
 namespace {
 
-using at::Tensor;
-using OptTensor = std::optional<Tensor>;
-using unicorn::DType;
-using unicorn::Floats;
+using at::TensorList;
+using OptionalFloat = std::optional<double>;
 
-unicorn::Arena& fresh_arena() {
-  static thread_local unicorn::Arena arena;
-  arena.reset();
-  return arena;
+bool is_float(TensorList w) { return w.size() == 1; }
+
+// Memory of this thread's calls: one piece for the regions, one for attention.
+Workspace& workspace() {
+  thread_local Workspace workspace;
+  return workspace;
 }
 
-DType dtype_of(const Tensor& t, const char* what) {
-  switch (t.scalar_type()) {
-    case at::kFloat: return DType::f32;
-    case at::kBFloat16: return DType::bf16;
-    case at::kHalf: return DType::f16;
-    default:
-      TORCH_CHECK(false, what, ": got dtype ", t.scalar_type(), ", allowed are float32, bfloat16 and float16");
-  }
-}
-
-// Dense memory of `t` for the duration of the op; `keep` owns a copy where one was needed.
-Floats floats(const Tensor& t, const char* what, std::vector<Tensor>& keep) {
-  TORCH_CHECK(t.device().is_cpu(), what, ": got a tensor on ", t.device(), ", allowed is cpu");
-  keep.push_back(t.contiguous());
-  return {keep.back().const_data_ptr(), dtype_of(t, what)};
-}
-
-Floats floats(const OptTensor& t, const char* what, int64_t size, std::vector<Tensor>& keep) {
-  if (!t) return {};
-  TORCH_CHECK(t->numel() == size, what, ": got ", t->numel(), " values, needs ", size);
-  return floats(*t, what, keep);
-}
-
-bool is_float(at::TensorList w) { return w.size() == 1; }
-
-unicorn::Weight weight(at::TensorList w, int64_t n, int64_t k, const char* what) {
-  using unicorn::Scheme;
-  TORCH_CHECK(w.size() == 2 || w.size() == 3, what, ": got a weight of ", w.size(), " tensors, allowed are 1 to 3");
-  const int64_t n16 = (n + 15) / 16, k32 = (k + 31) / 32;
-  const Tensor &q = w[0], &s = w[1];
-  TORCH_CHECK(q.dim() == 5 && q.scalar_type() == at::kByte && q.is_contiguous(), what,
-              ": the packed weight must be a contiguous uint8 tensor [N16, K32, 4 or 8, 16, 4], got ", q.scalar_type(),
-              " ", q.sizes());
-  TORCH_CHECK(q.size(0) == n16 && q.size(1) == k32 && q.size(3) == 16 && q.size(4) == 4, what,
-              ": a packed weight for ", n, " x ", k, " has ", n16, " x ", k32, " tiles, got ", q.sizes());
-  const bool w4 = q.size(2) == 4;
-  TORCH_CHECK(w4 ? w.size() == 2 : q.size(2) == 8, what, ": got ", q.sizes(), " and ", w.size(), " tensors");
-  TORCH_CHECK(s.is_contiguous() && s.scalar_type() == (w4 ? at::kHalf : at::kFloat) &&
-                  s.numel() == (w4 ? n16 * k32 * 16 : n16 * 16),
-              what, ": scales must be ", w4 ? "float16 [N16, K32, 16]" : "float32 [N16, 16]", ", got ",
-              s.scalar_type(), " ", s.sizes());
-  const uint8_t* zero = nullptr;
-  if (w.size() == 3) {
-    TORCH_CHECK(w[2].is_contiguous() && w[2].scalar_type() == at::kByte && w[2].numel() == n16 * 16, what,
-                ": zero points must be uint8 [N16, 16], got ", w[2].scalar_type(), " ", w[2].sizes());
-    zero = w[2].const_data_ptr<uint8_t>();
-  }
-  return {w4 ? Scheme::w4g32 : zero ? Scheme::w8a : Scheme::w8c, q.const_data_ptr<uint8_t>(), s.const_data_ptr(), zero,
-          n, n16, k32};
-}
-
-unicorn::Norm norm(const OptTensor& w, std::optional<double> eps, double offset, int64_t k, const char* what,
-                   std::vector<Tensor>& keep) {
-  if (!eps) return {};
-  return {true, floats(w, what, k, keep), float(*eps), float(offset)};
+Workspace& attention_workspace() {
+  thread_local Workspace workspace;
+  return workspace;
 }
 
 int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
-int64_t tokens_of(const Tensor& x) { return x.size(-1) ? x.numel() / x.size(-1) : 0; }
-
-// --- float weights: the model's own arithmetic, rounding where eager rounds ------------------------
-
-Tensor float_norm(const Tensor& x, const OptTensor& w, std::optional<double> eps, double offset) {
-  if (!eps) return x;
-  Tensor out = at::empty(x.sizes(), x.options());
-  std::vector<Tensor> keep;
-  const int64_t k = x.size(-1);
-  const Floats in = floats(x, "rms_norm", keep);
-  unicorn::rms_norm(in, tokens_of(x), k, norm(w, eps, offset, k, "rms_norm", keep), out.mutable_data_ptr(),
-                    fresh_arena(), threads());
-  return out;
+std::vector<int64_t> with_last(const Tensor& x, int64_t n) {
+  std::vector<int64_t> shape = x.sizes().vec();
+  shape.back() = n;
+  return shape;
 }
 
-Tensor linear(const Tensor& x, at::TensorList w, const OptTensor& bias, int64_t n);
-
-Tensor project(const Tensor& x, at::TensorList w, const OptTensor& bias, int64_t n) {
-  return is_float(w) ? at::linear(x.to(w[0].scalar_type()), w[0], bias).to(x.scalar_type()) : linear(x, w, bias, n);
+// A float weight: torch's own linear in the weight's dtype, as eager does it.
+Tensor float_linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n, const char* what) {
+  dtype_of(w[0], what);
+  TORCH_CHECK(w[0].dim() == 2 && w[0].size(0) == n && w[0].size(1) == x.size(-1), what, ": got shape ", w[0].sizes(),
+              ", expected [", n, ", ", x.size(-1), "]");
+  const auto type = w[0].scalar_type();
+  return at::linear(x.to(type), w[0], bias ? bias->to(type) : OptionalTensor{});
 }
 
-Tensor activate(const Tensor& x, const std::string& act) {
-  if (act == "gelu_tanh") return at::gelu(x, "tanh");
-  if (act == "gelu") return at::gelu(x);
-  return act == "silu" ? at::silu(x) : at::relu(x);
-}
-
-Tensor float_finish(const Tensor& y, const OptTensor& w, std::optional<double> eps, double offset,
-                    const OptTensor& residual) {
-  const Tensor out = float_norm(y, w, eps, offset);
-  return residual ? at::add(*residual, out) : out;
-}
-
-// --- ops -------------------------------------------------------------------------------------------
-
-Tensor linear(const Tensor& x, at::TensorList w, const OptTensor& bias, int64_t n) {
-  if (is_float(w)) return project(x, w, bias, n);
-  std::vector<Tensor> keep;
-  auto sizes = x.sizes().vec();
-  sizes.back() = n;
-  Tensor out = at::empty(sizes, x.options());
-  const int64_t k = x.size(-1), tokens = tokens_of(x);
-  if (tokens == 0) return out;
-  unicorn::LinearArgs args{};
-  args.x = floats(x, "linear", keep), args.tokens = tokens, args.k = k;
-  args.w = weight(w, n, k, "linear");
-  args.finish.bias = floats(bias, "linear: bias", n, keep);
-  args.finish.out = out.mutable_data_ptr(), args.finish.type = args.x.type;
-  unicorn::linear(args, fresh_arena(), threads());
-  return out;
-}
-
-Tensor rms_norm(const Tensor& x, const OptTensor& w, double eps, double offset) {
-  return float_norm(x, w, eps, offset);
-}
-
-Tensor embedding(const Tensor& ids, at::TensorList w, int64_t num_rows, int64_t k, at::ScalarType dtype) {
-  TORCH_CHECK(ids.scalar_type() == at::kLong || ids.scalar_type() == at::kInt, "embedding: ids must be int64 or int32, got ",
-              ids.scalar_type());
-  const Tensor rows = ids.to(at::kLong).contiguous();
-  const int64_t* id = rows.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < rows.numel(); ++i)
-    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < num_rows, "embedding: got token id ", id[i], ", allowed are 0 to ",
-                      num_rows - 1);
-  if (is_float(w)) return at::embedding(w[0], rows).to(dtype);
-  auto sizes = ids.sizes().vec();
-  sizes.push_back(k);
-  Tensor out = at::empty(sizes, ids.options().dtype(dtype));
-  const unicorn::Weight table = weight(w, num_rows, k, "embedding");
-  TORCH_CHECK(table.scheme != unicorn::Scheme::w4g32, "embedding: got scheme w4g32, allowed are w8a, w8c and float");
-  unicorn::embedding(id, rows.numel(), table, k, dtype_of(out, "embedding"), out.mutable_data_ptr(), fresh_arena(),
-                     threads());
-  return out;
-}
-
-std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptTensor& norm_w, std::optional<double> norm_eps,
-                                            double norm_offset, at::TensorList wq, at::TensorList wk,
-                                            at::TensorList wv, at::TensorList bias, const OptTensor& q_norm_w,
-                                            const OptTensor& k_norm_w, std::optional<double> qk_norm_eps,
-                                            double qk_norm_offset, const OptTensor& cos, const OptTensor& sin,
-                                            int64_t heads, int64_t kv_heads, int64_t head_dim) {
-  TORCH_CHECK(x.dim() == 3, "int8_qkv: x must be [B, T, K], got ", x.sizes());
-  TORCH_CHECK(bias.empty() || bias.size() == 3, "int8_qkv: got ", bias.size(), " biases, allowed are 0 and 3");
-  const int64_t B = x.size(0), T = x.size(1), k = x.size(2), count[3] = {heads, kv_heads, kv_heads};
-  const at::TensorList lists[3] = {wq, wk, wv};
-  const OptTensor* norms[2] = {&q_norm_w, &k_norm_w};
-  Tensor out[3], h = x;
-  std::vector<Tensor> keep;
-  const bool plain = is_float(wq) || is_float(wk) || is_float(wv);
-  unicorn::QkvArgs args{};
-  args.B = B, args.T = T, args.head_dim = head_dim;
-  if (plain) h = float_norm(x, norm_w, norm_eps, norm_offset);
-  for (int i = 0; i < 3; ++i) out[i] = at::empty({B, count[i], T, head_dim}, x.options());
-  if (B * T == 0) return {out[0], out[1], out[2]};
-  if (cos) {
-    TORCH_CHECK(sin && cos->dim() == 3 && cos->sizes() == sin->sizes() && cos->size(1) == T && cos->size(2) == head_dim &&
-                    (cos->size(0) == 1 || cos->size(0) == B),
-                "int8_qkv: cos and sin must be [", B, " or 1, ", T, ", ", head_dim, "], got ", cos->sizes());
-    args.cos = floats(*cos, "int8_qkv: cos", keep), args.sin = floats(*sin, "int8_qkv: sin", keep);
-    args.cos_shared = cos->size(0) == 1;
+// x [..., K] (the input of a projection, already normed) -> fp32 [..., n]; `eager` is the dtype that a float
+// weight reads.
+Tensor project(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n, at::ScalarType eager,
+               const char* op, const char* name) {
+  Arguments arguments(op);
+  if (is_float(w)) {
+    return float_linear(x.to(eager), w, bias, n, arguments.label(name).c_str()).to(at::kFloat);
   }
-  if (plain) {  // project with torch, then norm and rotate as eager does
+  Tensor y = at::empty(with_last(x, n), x.options().dtype(at::kFloat));
+  const Rows rows = arguments.rows(x);
+  run_linear(rows, {}, arguments.weight(w, n, rows.width, name), arguments.array(bias, "bias", n), {}, out_of(y),
+             workspace(), threads());
+  return y;
+}
+
+// fp32 rows under a norm; x itself without one.
+Tensor normed(const Tensor& x, const OptionalTensor& w, const OptionalFloat& eps, double offset, const char* op) {
+  if (!eps) return x;
+  Arguments arguments(op);
+  Tensor y = at::empty(x.sizes(), x.options().dtype(at::kFloat));
+  const Rows rows = arguments.rows(x);
+  run_norm(rows, {arguments.norm(w, eps, offset, rows.width, "norm_w"), {}}, out_of(y), threads());
+  return y;
+}
+
+// fp32 y -> post-norm, residual, rounding to `type`.
+Tensor finish(const Tensor& y, const OptionalTensor& w, const OptionalFloat& eps, double offset,
+              const OptionalTensor& residual, at::ScalarType type, const char* op) {
+  Arguments arguments(op);
+  Tensor out = at::empty(y.sizes(), y.options().dtype(type));
+  const Rows rows = arguments.rows(y);
+  run_norm(rows, arguments.post(w, eps, offset, residual, rows.rows, rows.width), out_of(out), threads());
+  return out;
+}
+
+Tensor linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n) {
+  Arguments arguments("linear");
+  const Rows rows = arguments.rows(x);
+  if (is_float(w)) {
+    return float_linear(x, w, bias, n, arguments.label("w").c_str()).to(x.scalar_type());
+  }
+  Tensor y = at::empty(with_last(x, n), x.options());
+  run_linear(rows, {}, arguments.weight(w, n, rows.width, "w"), arguments.array(bias, "bias", n), {}, out_of(y),
+             workspace(), threads());
+  return y;
+}
+
+Tensor embedding(const Tensor& ids, TensorList w, int64_t num_rows, int64_t k, at::ScalarType dtype) {
+  TORCH_CHECK(ids.scalar_type() == at::kLong, "unicorn::embedding: ids: got dtype ", ids.scalar_type(),
+              ", expected int64");
+  const Tensor dense = ids.contiguous();
+  const int64_t* id = dense.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < dense.numel(); ++i) {
+    TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < num_rows, "unicorn::embedding: got id ", id[i], ", allowed are 0 to ",
+                      num_rows - 1);
+  }
+  if (is_float(w)) return at::embedding(w[0], dense).to(dtype);
+  Arguments arguments("embedding");
+  std::vector<int64_t> shape = ids.sizes().vec();
+  shape.push_back(k);
+  Tensor out = at::empty(shape, ids.options().dtype(dtype));
+  run_embedding({id, dense.numel(), arguments.weight(w, num_rows, k, "w"), out_of(out)}, threads());
+  return out;
+}
+
+Tensor rms_norm(const Tensor& x, const OptionalTensor& w, double eps, double offset) {
+  return finish(x, w, eps, offset, {}, x.scalar_type(), "rms_norm");
+}
+
+struct Heads {
+  TensorList w;
+  OptionalTensor bias, norm_w;
+  OptionalFloat eps;
+  int64_t heads;
+  const char *weight_name, *norm_name;
+};
+
+void check_qkv(const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin, int64_t heads, int64_t kv_heads,
+               int64_t head_dim) {
+  const char* op = "unicorn::int8_qkv: ";
+  TORCH_CHECK(x.dim() == 3, op, "x: got shape ", x.sizes(), ", expected [B, T, K]");
+  TORCH_CHECK(heads > 0 && kv_heads > 0 && head_dim > 0, op, "heads, kv_heads and head_dim must be positive, got ",
+              heads, ", ", kv_heads, ", ", head_dim);
+  TORCH_CHECK(cos.has_value() == sin.has_value(), op, "cos and sin: give both or none");
+  if (!cos) return;
+  TORCH_CHECK(head_dim % 2 == 0, op, "head_dim: got ", head_dim, ", rotary embedding needs an even one");
+  for (const Tensor& t : {*cos, *sin}) {
+    TORCH_CHECK(t.dim() == 3 && (t.size(0) == 1 || t.size(0) == x.size(0)) && t.size(1) == x.size(1) &&
+                    t.size(2) == head_dim && t.size(0) == cos->size(0),
+                op, "cos/sin: got shape ", t.sizes(), ", expected [1 or ", x.size(0), ", ", x.size(1), ", ", head_dim,
+                "]");
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptionalTensor& norm_w,
+                                            const OptionalFloat& norm_eps, double norm_offset, TensorList wq,
+                                            TensorList wk, TensorList wv, TensorList bias,
+                                            const OptionalTensor& q_norm_w, const OptionalTensor& k_norm_w,
+                                            const OptionalFloat& qk_norm_eps, double qk_norm_offset,
+                                            const OptionalTensor& cos, const OptionalTensor& sin, int64_t heads,
+                                            int64_t kv_heads, int64_t head_dim) {
+  check_qkv(x, cos, sin, heads, kv_heads, head_dim);
+  Arguments arguments("int8_qkv");
+  const auto b = arguments.biases(bias);
+  const Heads parts[3] = {{wq, b[0], q_norm_w, qk_norm_eps, heads, "wq", "q_norm_w"},
+                          {wk, b[1], k_norm_w, qk_norm_eps, kv_heads, "wk", "k_norm_w"},
+                          {wv, b[2], {}, {}, kv_heads, "wv", ""}};
+  QkvArgs args;
+  args.x = arguments.rows(x);
+  args.B = x.size(0);
+  args.T = x.size(1);
+  args.head_dim = head_dim;
+  args.shared_cos = cos && cos->size(0) == 1;
+  if (cos) {
+    args.cos = arguments.array(*cos, "cos");
+    args.sin = arguments.array(*sin, "sin");
+  }
+  Tensor out[3];
+  for (int i = 0; i < 3; ++i) {
+    const Heads& p = parts[i];
+    out[i] = at::empty({args.B, p.heads, args.T, head_dim}, x.options());
+    args.part[i].norm = arguments.norm(p.norm_w, p.eps, qk_norm_offset, head_dim, p.norm_name);
+    args.part[i].rotate = i < 2;
+    args.part[i].heads = p.heads;
+    args.part[i].out = out_of(out[i]);
+  }
+  if (!is_float(wq) && !is_float(wk) && !is_float(wv)) {
+    args.norm = arguments.norm(norm_w, norm_eps, norm_offset, args.x.width, "norm_w");
     for (int i = 0; i < 3; ++i) {
-      const OptTensor b = bias.empty() ? OptTensor() : OptTensor(bias[i]);
-      Tensor y = project(h, lists[i], b, count[i] * head_dim).view({B, T, count[i], head_dim}).transpose(1, 2);
-      if (i < 2) y = float_norm(y.contiguous(), *norms[i], qk_norm_eps, qk_norm_offset);
-      if (i < 2 && cos) {
-        const Tensor c = cos->unsqueeze(1), s = sin->unsqueeze(1);
-        const auto halves = y.chunk(2, -1);
-        y = at::add(at::mul(y, c), at::mul(at::cat({at::neg(halves[1]), halves[0]}, -1), s));
-      }
-      out[i] = y.contiguous();
+      const int64_t n = parts[i].heads * head_dim;
+      args.part[i].w = arguments.weight(parts[i].w, n, args.x.width, parts[i].weight_name);
+      args.part[i].bias = arguments.array(parts[i].bias, "bias", n);
     }
+    run_qkv(args, workspace(), threads());
     return {out[0], out[1], out[2]};
   }
-  args.x = floats(x, "int8_qkv", keep), args.k = k;
-  args.norm = norm(norm_w, norm_eps, norm_offset, k, "int8_qkv: norm", keep);
+  const Tensor h = normed(x, norm_w, norm_eps, norm_offset, "int8_qkv");
   for (int i = 0; i < 3; ++i) {
-    args.heads[i] = count[i];
-    args.w[i] = weight(lists[i], count[i] * head_dim, k, "int8_qkv");
-    if (!bias.empty()) args.bias[i] = floats(OptTensor(bias[i]), "int8_qkv: bias", count[i] * head_dim, keep);
-    if (i < 2) args.head_norm[i] = norm(*norms[i], qk_norm_eps, qk_norm_offset, head_dim, "int8_qkv: q/k norm", keep);
-    args.out[i] = out[i].mutable_data_ptr();
+    const Projection& p = args.part[i];
+    const int64_t n = p.heads * head_dim;
+    const Tensor y =
+        project(h, parts[i].w, parts[i].bias, n, x.scalar_type(), "int8_qkv", parts[i].weight_name).contiguous();
+    run_rotary({p.norm, y.const_data_ptr<float>(), n, args.B, args.T, p.heads, head_dim, p.rotate ? args.cos : Array{},
+                p.rotate ? args.sin : Array{}, args.shared_cos, p.out},
+               threads());
   }
-  unicorn::qkv(args, fresh_arena(), threads());
   return {out[0], out[1], out[2]};
 }
 
-unicorn::MaskKind mask_kind(const Tensor& mask) {
-  using unicorn::MaskKind;
-  switch (mask.scalar_type()) {
-    case at::kBool: return MaskKind::boolean;
-    case at::kFloat: return MaskKind::f32;
-    case at::kBFloat16: return MaskKind::bf16;
-    case at::kHalf: return MaskKind::f16;
-    default: TORCH_CHECK(false, "int8_attention: got a mask of ", mask.scalar_type(), ", allowed are bool and floats");
+void set_mask(AttentionArgs& args, Tensor& mask) {
+  if (mask.scalar_type() == at::kDouble) mask = mask.to(at::kFloat);
+  TORCH_CHECK(mask.device().is_cpu(), "unicorn::int8_attention: mask: got device ", mask.device());
+  if (mask.scalar_type() == at::kBool) {
+    args.mask_kind = MaskKind::boolean;
+  } else {
+    const DType type = dtype_of(mask, "unicorn::int8_attention: mask (or bool)");
+    args.mask_kind = type == DType::f32 ? MaskKind::f32 : type == DType::bf16 ? MaskKind::bf16 : MaskKind::f16;
   }
+  mask = mask.expand({args.B, args.H, args.T, args.S});
+  args.mask = mask.const_data_ptr();
+  for (int i = 0; i < 4; ++i) args.mask_stride[i] = mask.stride(i);
 }
 
-void fill_attention(unicorn::AttentionArgs& args, const Tensor& q, const Tensor& k, const Tensor& v,
-                    const OptTensor& mask, std::vector<Tensor>& keep) {
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "int8_attention: q, k and v must be [B, H, T, D]");
-  TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-              "int8_attention: q, k and v must have one dtype, got ", q.scalar_type(), ", ", k.scalar_type(), ", ",
-              v.scalar_type());
+// q k^T, softmax, v: fp32 [B, T, H * Dv] in `out`.
+void attend(Tensor q, Tensor k, Tensor v, OptionalTensor mask, bool causal, double scale, double softcap, Tensor& out) {
+  AttentionArgs args{};
+  args.dtype = dtype_of(q, "unicorn::int8_attention: q");
+  int64_t* strides[3] = {args.q_stride, args.k_stride, args.v_stride};
+  Tensor* tensors[3] = {&q, &k, &v};
+  for (int i = 0; i < 3; ++i) {
+    Tensor& t = *tensors[i];
+    if (t.stride(3) != 1) t = t.contiguous();
+    for (int d = 0; d < 3; ++d) strides[i][d] = t.stride(d);
+  }
+  args.q = q.const_data_ptr();
+  args.k = k.const_data_ptr();
+  args.v = v.const_data_ptr();
   args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
   args.Hkv = k.size(1), args.S = k.size(2), args.Dv = v.size(3);
-  TORCH_CHECK(k.size(0) == args.B && k.size(3) == args.D && v.size(0) == args.B && v.size(1) == args.Hkv &&
-                  v.size(2) == args.S && args.Hkv > 0 && args.H % args.Hkv == 0,
-              "int8_attention: shapes do not fit: q ", q.sizes(), ", k ", k.sizes(), ", v ", v.sizes());
-  const Tensor* given[3] = {&q, &k, &v};
-  const void** data[3] = {&args.q, &args.k, &args.v};
-  int64_t* strides[3] = {args.q_stride, args.k_stride, args.v_stride};
-  for (int i = 0; i < 3; ++i) {
-    keep.push_back(given[i]->stride(3) == 1 ? *given[i] : given[i]->contiguous());
-    *data[i] = keep.back().const_data_ptr();
-    for (int d = 0; d < 3; ++d) strides[i][d] = keep.back().stride(d);
-  }
-  args.dtype = dtype_of(q, "int8_attention");
-  args.mask_kind = unicorn::MaskKind::none;
-  if (!mask) return;
-  keep.push_back(mask->expand({args.B, args.H, args.T, args.S}));
-  args.mask = keep.back().const_data_ptr();
-  args.mask_kind = mask_kind(*mask);
-  for (int d = 0; d < 4; ++d) args.mask_stride[d] = keep.back().stride(d);
+  if (mask) set_mask(args, *mask);
+  args.causal = causal;
+  args.scale = static_cast<float>(scale);
+  args.softcap = static_cast<float>(softcap);
+  args.out = out.mutable_data_ptr<float>();
+  args.threads = threads();
+  args.workspace = attention_workspace().reserve(attention_workspace_bytes(args));
+  attention(args);
 }
 
-Tensor int8_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptTensor& mask, bool causal,
-                      double scale, double softcap, at::TensorList wo, const OptTensor& bo, int64_t n,
-                      const OptTensor& post_w, std::optional<double> post_eps, double post_offset,
-                      const OptTensor& residual) {
-  std::vector<Tensor> keep;
-  unicorn::AttentionArgs args{};
-  fill_attention(args, q, k, v, mask, keep);
-  args.causal = causal, args.scale = float(scale), args.softcap = float(softcap), args.threads = threads();
-  const int64_t tokens = args.B * args.T, width = args.H * args.Dv;
-  Tensor out = at::empty({args.B, args.T, n}, q.options());
-  if (tokens == 0) return out;
-  unicorn::Arena& arena = fresh_arena();
-  args.workspace = arena.bytes(unicorn::attention_workspace_bytes(args));
+void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const char* op = "unicorn::int8_attention: ";
+  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, "q, k, v: got shapes ", q.sizes(), ", ", k.sizes(),
+              ", ", v.sizes(), ", expected four dims each");
+  TORCH_CHECK(k.scalar_type() == q.scalar_type() && v.scalar_type() == q.scalar_type(), op,
+              "q, k, v: got different dtypes ", q.scalar_type(), ", ", k.scalar_type(), ", ", v.scalar_type());
+  TORCH_CHECK(k.device().is_cpu() && v.device().is_cpu(), op, "k and v must be on the CPU");
+  TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(3) == q.size(3) && v.size(1) == k.size(1) &&
+                  v.size(2) == k.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+              op, "q, k, v: shapes do not match: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
+}
+
+Tensor int8_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, bool causal,
+                      double scale, double softcap, TensorList wo, const OptionalTensor& bo, int64_t n,
+                      const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
+                      const OptionalTensor& residual) {
+  check_attention(q, k, v);
+  Arguments arguments("int8_attention");
+  Tensor joined = at::empty({q.size(0), q.size(2), q.size(1) * v.size(3)}, q.options().dtype(at::kFloat));
+  attend(q, k, v, mask, causal, scale, softcap, joined);
   if (is_float(wo)) {
-    Tensor joined = at::empty({args.B, args.T, width}, q.options().dtype(at::kFloat));
-    args.out = joined.mutable_data_ptr<float>();
-    unicorn::attention(args);
-    return float_finish(project(joined.to(q.scalar_type()), wo, bo, n), post_w, post_eps, post_offset, residual);
+    const Tensor y = project(joined, wo, bo, n, q.scalar_type(), "int8_attention", "wo");
+    return finish(y, post_w, post_eps, post_offset, residual, q.scalar_type(), "int8_attention");
   }
-  args.out = arena.take<float>(tokens * width);
-  unicorn::attention(args);
-  unicorn::LinearArgs end{};
-  end.x = {args.out, DType::f32}, end.tokens = tokens, end.k = width;
-  end.w = weight(wo, n, width, "int8_attention: wo");
-  end.finish.bias = floats(bo, "int8_attention: bo", n, keep);
-  end.finish.norm = norm(post_w, post_eps, post_offset, n, "int8_attention: post norm", keep);
-  end.finish.residual = floats(residual, "int8_attention: residual", tokens * n, keep);
-  end.finish.out = out.mutable_data_ptr(), end.finish.type = args.dtype;
-  unicorn::linear(end, arena, args.threads);
+  Tensor out = at::empty({q.size(0), q.size(2), n}, q.options());
+  const Rows rows = arguments.rows(joined);
+  run_linear(rows, {}, arguments.weight(wo, n, rows.width, "wo"), arguments.array(bo, "bo", n),
+             arguments.post(post_w, post_eps, post_offset, residual, rows.rows, n), out_of(out), workspace(),
+             threads());
   return out;
 }
 
-unicorn::Activation activation(const std::string& act) {
-  if (act == "gelu_tanh") return unicorn::Activation::gelu_tanh;
-  if (act == "gelu") return unicorn::Activation::gelu;
-  if (act == "silu") return unicorn::Activation::silu;
-  TORCH_CHECK_VALUE(act == "relu", "int4_ffn: act must be gelu_tanh, gelu, silu or relu, got '", act, "'");
-  return unicorn::Activation::relu;
+Tensor product_of(Act act, const Tensor& gate, const Tensor& up) {
+  if (act == Act::silu) return at::silu(gate) * up;
+  if (act == Act::relu) return at::relu(gate) * up;
+  return at::gelu(gate, act == Act::gelu ? "none" : "tanh") * up;
 }
 
-Tensor int4_ffn(const Tensor& x, const OptTensor& norm_w, std::optional<double> norm_eps, double norm_offset,
-                at::TensorList wg, at::TensorList wu, at::TensorList wd, at::TensorList bias, const std::string act,
-                int64_t f, int64_t n, const OptTensor& post_w, std::optional<double> post_eps, double post_offset,
-                const OptTensor& residual) {
-  TORCH_CHECK(bias.empty() || bias.size() == 3, "int4_ffn: got ", bias.size(), " biases, allowed are 0 and 3");
-  const OptTensor b[3] = {bias.empty() ? OptTensor() : OptTensor(bias[0]), bias.empty() ? OptTensor() : OptTensor(bias[1]),
-                          bias.empty() ? OptTensor() : OptTensor(bias[2])};
-  const unicorn::Activation kind = activation(act);
-  if (is_float(wg) || is_float(wu) || is_float(wd)) {
-    const Tensor h = float_norm(x, norm_w, norm_eps, norm_offset);
-    const Tensor product = at::mul(activate(project(h, wg, b[0], f), act), project(h, wu, b[1], f));
-    return float_finish(project(product, wd, b[2], n), post_w, post_eps, post_offset, residual);
+Tensor int4_ffn(const Tensor& x, const OptionalTensor& norm_w, const OptionalFloat& norm_eps, double norm_offset,
+                TensorList wg, TensorList wu, TensorList wd, TensorList bias, c10::string_view act, int64_t f,
+                int64_t n, const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
+                const OptionalTensor& residual) {
+  Arguments arguments("int4_ffn");
+  const Rows rows = arguments.rows(x);
+  const Act activation = activation_of(act);
+  const auto b = arguments.biases(bias);
+  if (!is_float(wg) && !is_float(wu) && !is_float(wd)) {
+    Tensor out = at::empty(with_last(x, n), x.options());
+    run_ffn({rows, arguments.norm(norm_w, norm_eps, norm_offset, rows.width, "norm_w"),
+             arguments.weight(wg, f, rows.width, "wg"), arguments.weight(wu, f, rows.width, "wu"),
+             arguments.weight(wd, n, f, "wd"), arguments.array(b[0], "bias[0]", f), arguments.array(b[1], "bias[1]", f),
+             arguments.array(b[2], "bias[2]", n), activation,
+             arguments.post(post_w, post_eps, post_offset, residual, rows.rows, n), out_of(out)},
+            workspace(), threads());
+    return out;
   }
-  std::vector<Tensor> keep;
-  auto sizes = x.sizes().vec();
-  sizes.back() = n;
-  Tensor out = at::empty(sizes, x.options());
-  const int64_t k = x.size(-1), tokens = tokens_of(x);
-  if (tokens == 0) return out;
-  unicorn::FfnArgs args{};
-  args.x = floats(x, "int4_ffn", keep), args.tokens = tokens, args.k = k, args.act = kind;
-  args.norm = norm(norm_w, norm_eps, norm_offset, k, "int4_ffn: norm", keep);
-  args.gate = weight(wg, f, k, "int4_ffn: gate"), args.up = weight(wu, f, k, "int4_ffn: up");
-  args.down = weight(wd, n, f, "int4_ffn: down");
-  args.gate_bias = floats(b[0], "int4_ffn: gate bias", f, keep), args.up_bias = floats(b[1], "int4_ffn: up bias", f, keep);
-  args.finish.bias = floats(b[2], "int4_ffn: down bias", n, keep);
-  args.finish.norm = norm(post_w, post_eps, post_offset, n, "int4_ffn: post norm", keep);
-  args.finish.residual = floats(residual, "int4_ffn: residual", tokens * n, keep);
-  args.finish.out = out.mutable_data_ptr(), args.finish.type = args.x.type;
-  unicorn::ffn(args, fresh_arena(), threads());
+  const auto type = x.scalar_type();
+  const Tensor h = normed(x, norm_w, norm_eps, norm_offset, "int4_ffn");
+  const Tensor gate = project(h, wg, b[0], f, type, "int4_ffn", "wg");
+  const Tensor up = project(h, wu, b[1], f, type, "int4_ffn", "wu");
+  const Tensor y = project(product_of(activation, gate, up), wd, b[2], n, type, "int4_ffn", "wd");
+  return finish(y, post_w, post_eps, post_offset, residual, type, "int4_ffn");
+}
+
+std::vector<std::string> isa_names() {
+  std::vector<std::string> names;
+  for (const char* const* isa = isas(); *isa != nullptr; ++isa) names.emplace_back(*isa);
+  return names;
+}
+
+std::string set_isa_by_name(c10::string_view name) {
+  TORCH_CHECK_VALUE(set_isa(std::string(name).c_str()), "instruction set '", name,
+                    "' is not one this CPU runs: ", isa_names());
+  return kernels().name;
+}
+
+Tensor activate_all(const Tensor& x, c10::string_view act) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat, "unicorn::activate: x: got dtype ", x.scalar_type(), ", expected float32");
+  const Tensor dense = x.contiguous();
+  Tensor out = at::empty(x.sizes(), x.options());
+  kernels().activations(dense.const_data_ptr<float>(), x.numel(), activation_of(act), out.mutable_data_ptr<float>());
   return out;
 }
 
-// --- for tests and benchmarks ------------------------------------------------------------------------
-
-// Force an instruction set everywhere ("" = the best); returns the one in use.
-std::string set_isa(const std::string& name) {
-  TORCH_CHECK_VALUE(unicorn::matmul_set_isa(name.c_str()) && unicorn::attention_set_isa(name.c_str()), "instruction set '",
-                    name, "' is not one this CPU runs; allowed are '', 'avx512vnni', 'avx2' and 'portable'");
-  const std::string quantizer = name == "avx512vnni" ? "avx512" : name;
-  TORCH_CHECK_VALUE(unicorn::quantizer_set_isa(quantizer.c_str()), "the quantizer has no '", quantizer, "'");
-  return unicorn::matmul_table().isa;
-}
-
-std::vector<std::string> isas() {
-  std::vector<std::string> found;
-  const std::string current = unicorn::matmul_table().isa;
-  for (const char* name : {"avx512vnni", "avx2", "portable"})
-    if (unicorn::matmul_set_isa(name)) found.emplace_back(name);
-  unicorn::matmul_set_isa(current.c_str());
-  return found;
-}
-
-Tensor activate_op(const Tensor& x, const std::string act) {
-  TORCH_CHECK(x.scalar_type() == at::kFloat && x.is_contiguous() && x.numel() % 16 == 0, "activate: fp32, multiple of 16");
-  Tensor out = at::empty_like(x);
-  unicorn::matmul_table().activate(x.const_data_ptr<float>(), x.numel(), activation(act), out.mutable_data_ptr<float>());
-  return out;
-}
-
-// Reads all bytes of `data` with all threads; the result is meaningless.
 int64_t read_bytes(const Tensor& data) {
-  const int64_t step = 1 << 20, blocks = int64_t(data.nbytes()) / step;
-  const uint8_t* p = static_cast<const uint8_t*>(data.const_data_ptr());
-  const int count = threads();
-  uint64_t all = 0;
-#pragma omp parallel for num_threads(count) reduction(^ : all) schedule(static)
-  for (int64_t i = 0; i < blocks; ++i) all ^= unicorn::matmul_table().read(p + i * step, step);
-  return int64_t(all);
+  TORCH_CHECK(data.is_contiguous() && data.device().is_cpu(), "unicorn::read_bytes: needs a contiguous CPU tensor");
+  return static_cast<int64_t>(run_read(static_cast<const uint64_t*>(data.const_data_ptr()),
+                                       static_cast<int64_t>(data.nbytes()) / 8, threads()));
 }
 
-// int8 multiply-adds from registers on all threads; returns how many were done.
-int64_t dot_peak(int64_t steps) {
-  const int count = threads();
-  int64_t done = 0;
-#pragma omp parallel num_threads(count) reduction(+ : done)
-  {
-    alignas(64) int32_t sink[16];
-    done += unicorn::matmul_table().dot_peak(steps, sink);
-  }
-  return done;
-}
+int64_t dot_peak(int64_t steps) { return run_dots(steps, threads()); }
 
-// Autograd key: inference only. Anything that wants a gradient is told so; all else goes on to the kernel.
-void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
-  if (c10::GradMode::is_enabled()) {
-    for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
-      const bool wants = (value.isTensor() && value.toTensor().requires_grad()) ||
-                         (value.isTensorList() && [&] {
-                           for (const Tensor& t : value.toTensorVector())
-                             if (t.requires_grad()) return true;
-                           return false;
-                         }());
-      TORCH_CHECK(!wants, op.schema().name(),
-                  ": unicorn ops are inference only, and an input requires grad; call under torch.inference_mode() or "
+// Gradients: an error where they would be lost silently, else on to the kernel.
+void inference_only(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
+  if (at::GradMode::is_enabled()) {
+    const auto refuse = [](const Tensor& t) {
+      TORCH_CHECK(!t.requires_grad(),
+                  "unicorn ops are inference only, and an input requires grad: call under torch.inference_mode() or "
                   "torch.no_grad(), or model.requires_grad_(False)");
+    };
+    for (const c10::IValue& value : torch::jit::last(*stack, op.schema().arguments().size())) {
+      if (value.isTensor() && value.toTensor().defined()) refuse(value.toTensor());
+      if (!value.isTensorList()) continue;
+      for (const Tensor& t : value.toTensorVector()) refuse(t);
     }
   }
   op.redispatchBoxed(keys & c10::after_autograd_keyset, stack);
@@ -401,24 +345,27 @@ void refuse_gradients(const c10::OperatorHandle& op, c10::DispatchKeySet keys, t
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
-  m.impl("linear", linear);
-  m.impl("embedding", embedding);
-  m.impl("rms_norm", rms_norm);
-  m.impl("int8_qkv", int8_qkv);
-  m.impl("int8_attention", int8_attention);
-  m.impl("int4_ffn", int4_ffn);
-  m.impl("activate", activate_op);
-  m.impl("read_bytes", read_bytes);
-}
+}  // namespace unicorn
 
 TORCH_LIBRARY_IMPL(unicorn, CompositeExplicitAutograd, m) {
-  m.impl("set_isa", set_isa);
-  m.impl("isas", isas);
-  m.impl("dot_peak", dot_peak);
+  m.impl("set_isa", &unicorn::set_isa_by_name);
+  m.impl("isas", &unicorn::isa_names);
+  m.impl("dot_peak", &unicorn::dot_peak);
+}
+
+TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
+  m.impl("linear", &unicorn::linear);
+  m.impl("embedding", &unicorn::embedding);
+  m.impl("rms_norm", &unicorn::rms_norm);
+  m.impl("int8_qkv", &unicorn::int8_qkv);
+  m.impl("int8_attention", &unicorn::int8_attention);
+  m.impl("int4_ffn", &unicorn::int4_ffn);
+  m.impl("activate", &unicorn::activate_all);
+  m.impl("read_bytes", &unicorn::read_bytes);
 }
 
 TORCH_LIBRARY_IMPL(unicorn, Autograd, m) {
-  for (const char* name : {"linear", "embedding", "rms_norm", "int8_qkv", "int8_attention", "int4_ffn"})
-    m.impl(name, torch::CppFunction::makeFromBoxedFunction<&refuse_gradients>());
+  for (const char* op : {"linear", "embedding", "rms_norm", "int8_qkv", "int8_attention", "int4_ffn"}) {
+    m.impl(op, torch::CppFunction::makeFromBoxedFunction<&unicorn::inference_only>());
+  }
 }

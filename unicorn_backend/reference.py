@@ -28,7 +28,8 @@ def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """`a8g32`: float [..., K] -> int8 [..., G, 32] and fp32 scale [..., G], zero padded to G groups."""
     x = F.pad(x.float(), (0, -x.shape[-1] % GROUP)).unflatten(-1, (-1, GROUP))
     amax = x.abs().amax(-1)
-    inverse = torch.where(amax > 0, 127.0 / amax, torch.zeros_like(amax))
+    # `127.0 / amax` is amax.reciprocal() * 127 in torch: two roundings.
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, torch.zeros_like(amax))
     return torch.round(x * inverse[..., None]).to(torch.int8), amax / 127.0
 
 

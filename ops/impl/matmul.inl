@@ -1,0 +1,172 @@
+// Quantized activations times packed weights: 16 rows of the weight against up to kMaxTokens tokens at a time.
+// Per group the 32 products add up in int32, exactly; the groups add up in fp32 in ascending order.
+
+// Bytes ahead of the current group that are prefetched: about the memory latency at full bandwidth.
+constexpr int64_t kAhead = 2048;
+
+template <Scheme S>
+constexpr int64_t group_bytes() {
+  return S == Scheme::w4g32 ? kW4GroupBytes : kW8GroupBytes;
+}
+
+// The activations of tokens [t, t + T) of a block, group by group.
+struct Cursor {
+  const int8_t* q;
+  const float* scale;
+  const int32_t* sum8;
+  int64_t stride;
+
+  INLINE void next() {
+    q += stride * kGroup;
+    scale += stride;
+    sum8 += stride;
+  }
+};
+
+template <int T>
+INLINE void add_group4(const uint8_t* p, const uint16_t* scales, const Cursor& a, vf* sum) {
+  const Group4 w = load4(p);
+  const vf scale = load_f16(scales);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+    const vf dot = to_float(dot4(w, a.q + kGroup * t, a.sum8[t]));
+    sum[t] = fma(mul(dot, set(a.scale[t])), scale, sum[t]);
+  }
+}
+
+template <int T, bool kMiddle>
+INLINE void add_group8(const uint8_t* p, vi zero_point, const Cursor& a, vf* sum) {
+  const Group8 w = load8(p);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+    const vi dot = dot8(w, a.q + kGroup * t, dot8_offset<kMiddle>(zero_point, a.sum8[t]));
+    sum[t] = fma(to_float(dot), set(a.scale[t]), sum[t]);
+  }
+}
+
+// out [T][16] = one tile times T tokens.
+template <Scheme S, int T>
+void tile_times(const Weight& w, int64_t tile, Cursor a, int64_t groups, float* out) {
+  const uint8_t* p = w.q + tile * groups * group_bytes<S>();
+  const auto* scales = static_cast<const uint16_t*>(w.scale) + tile * groups * kRows;
+  const vi zero_point = S == Scheme::w8a ? load_zero(w.zero + tile * kRows) : middle_zero();
+  vf sum[T];
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) sum[t] = zero();
+  for (int64_t g = 0; g < groups; ++g, a.next()) {
+    for (int64_t i = 0; i < group_bytes<S>(); i += 64) __builtin_prefetch(p + kAhead + i);
+    if (S == Scheme::w4g32) {
+      add_group4<T>(p, scales, a, sum);
+      scales += kRows;
+    } else {
+      add_group8<T, S == Scheme::w8c>(p, zero_point, a, sum);
+    }
+    p += group_bytes<S>();
+  }
+  const vf row_scale = S == Scheme::w4g32 ? set(1.0f) : load(static_cast<const float*>(w.scale) + tile * kRows);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) store(out + kRows * t, S == Scheme::w4g32 ? sum[t] : mul(sum[t], row_scale));
+}
+
+// The kernel for T tokens; only the sizes that fit the registers exist.
+template <Scheme S>
+INLINE void tile_times(int tokens, const Weight& w, int64_t tile, const Cursor& a, int64_t groups, float* out) {
+  switch (tokens) {
+    case 1:
+      return tile_times<S, 1>(w, tile, a, groups, out);
+    case 2:
+      return tile_times<S, 2>(w, tile, a, groups, out);
+    case 3:
+      return tile_times<S, 3>(w, tile, a, groups, out);
+    case 4:
+      return tile_times<S, 4>(w, tile, a, groups, out);
+    case 5:
+      return tile_times < S, kMaxTokens<5 ? 4 : 5>(w, tile, a, groups, out);
+    case 6:
+      return tile_times < S, kMaxTokens<6 ? 4 : 6>(w, tile, a, groups, out);
+    case 7:
+      return tile_times < S, kMaxTokens<7 ? 4 : 7>(w, tile, a, groups, out);
+    case 8:
+      return tile_times < S, kMaxTokens<8 ? 4 : 8>(w, tile, a, groups, out);
+    default:
+      return tile_times<S, kMaxTokens>(w, tile, a, groups, out);
+  }
+}
+
+// out [tokens of the block][16] = one tile times one block of tokens. Returns how many tokens.
+int64_t multiply(const Weight& w, int64_t tile, const Activations& a, int64_t first, float* out) {
+  const Token block(a, first);
+  int64_t t = 0;
+  while (t < block.stride) {
+    const int64_t left = block.stride - t;
+    const int tokens = static_cast<int>(left >= kMaxTokens ? kMaxTokens : left > 8 ? 8 : left);
+    const Cursor cursor{block.q + t * kGroup, block.scale + t, block.sum8 + t, block.stride};
+    float* to = out + t * kRows;
+    if (w.scheme == Scheme::w4g32) {
+      tile_times<Scheme::w4g32>(tokens, w, tile, cursor, a.groups, to);
+    } else if (w.scheme == Scheme::w8c) {
+      tile_times<Scheme::w8c>(tokens, w, tile, cursor, a.groups, to);
+    } else {
+      tile_times<Scheme::w8a>(tokens, w, tile, cursor, a.groups, to);
+    }
+    t += tokens;
+  }
+  return block.stride;
+}
+
+// Tokens whose activations stay in half of a 1 MiB L2 while all weights pass by.
+INLINE int64_t chunk_tokens(const Activations& a) {
+  const int64_t fit = (512 << 10) / (a.groups * kGroup) / kBlock * kBlock;
+  return fit < kBlock ? kBlock : fit;
+}
+
+INLINE vf with_bias(const float* y, const Array& bias, int64_t row, int64_t n) {
+  return bias.data == nullptr ? load(y) : add(load(y), load16(bias, row, n - row));
+}
+
+void linear(const LinearArgs& p, Range tiles) {
+  alignas(64) float y[kBlock * kRows];
+  const int64_t chunk = chunk_tokens(p.a);
+  for (int64_t begin = 0; begin < p.a.rows; begin += chunk) {
+    const int64_t end = begin + chunk < p.a.rows ? begin + chunk : p.a.rows;
+    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
+      const int64_t row = tile * kRows;
+      for (int64_t m = begin; m < end; m += kBlock) {
+        const int64_t tokens = multiply(p.w, tile, p.a, m, y);
+        for (int64_t t = 0; t < tokens; ++t) {
+          store16(p.out, (m + t) * p.stride + row, with_bias(y + t * kRows, p.bias, row, p.w.n), p.w.n - row);
+        }
+      }
+    }
+  }
+}
+
+// act(gate) * up for 32 rows of both weights and one block of tokens: one group of the next activations.
+void gate_block(const GateArgs& p, int64_t group, int64_t m) {
+  alignas(64) float gate[kBlock * kRows], up[kBlock * kRows], product[kBlock * kGroup] = {};
+  const int64_t tiles = (p.gate.n + kRows - 1) / kRows;
+  int64_t tokens = 0;
+  for (int64_t tile = 2 * group; tile < 2 * group + 2 && tile < tiles; ++tile) {
+    const int64_t row = tile * kRows;
+    tokens = multiply(p.gate, tile, p.a, m, gate);
+    multiply(p.up, tile, p.a, m, up);
+    for (int64_t t = 0; t < tokens; ++t) {
+      const vf g = with_bias(gate + t * kRows, p.gate_bias, row, p.gate.n);
+      const vf u = with_bias(up + t * kRows, p.up_bias, row, p.up.n);
+      store(product + t * kGroup + row % kGroup, mul(activate(p.act, g), u));
+    }
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    Token(p.out, m + t).quantize(group, load(product + t * kGroup), load(product + t * kGroup + kRows));
+  }
+}
+
+void gate(const GateArgs& p, Range groups) {
+  const int64_t chunk = chunk_tokens(p.a);
+  for (int64_t begin = 0; begin < p.a.rows; begin += chunk) {
+    const int64_t end = begin + chunk < p.a.rows ? begin + chunk : p.a.rows;
+    for (int64_t group = groups.begin; group < groups.end; ++group) {
+      for (int64_t m = begin; m < end; m += kBlock) gate_block(p, group, m);
+    }
+  }
+}

@@ -1,0 +1,120 @@
+// simd.h for AVX-512 with VNNI: the weights are the unsigned operand of vpdpbusd, activations are broadcast.
+
+typedef __m512 vf;
+typedef __m512i vi;
+constexpr int kMaxTokens = 16;  // 16 sums, 8 registers of weights
+
+INLINE vf set(float x) { return _mm512_set1_ps(x); }
+INLINE vf zero() { return _mm512_setzero_ps(); }
+INLINE vf load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store(float* p, vf x) { _mm512_storeu_ps(p, x); }
+INLINE vf add(vf a, vf b) { return _mm512_add_ps(a, b); }
+INLINE vf sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
+INLINE vf mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
+INLINE vf div(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
+INLINE vf min(vf a, vf b) { return _mm512_min_ps(a, b); }
+INLINE vf max(vf a, vf b) { return _mm512_max_ps(a, b); }
+INLINE vf neg(vf x) { return _mm512_xor_ps(x, _mm512_set1_ps(-0.0f)); }
+INLINE vf round(vf x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+INLINE vf below(vf x, vf a, vf b) {
+  return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, _mm512_setzero_ps(), _CMP_LT_OQ), b, a);
+}
+INLINE vi to_int(vf x) { return _mm512_cvtps_epi32(x); }
+INLINE vf to_float(vi x) { return _mm512_cvtepi32_ps(x); }
+INLINE vf pow2(vf n) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_add_epi32(to_int(n), _mm512_set1_epi32(127)), 23));
+}
+INLINE vf load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+INLINE vf load_f16(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p)); }
+INLINE void store_bf16(uint16_t* p, vf x) {
+  const vi u = _mm512_castps_si512(x);
+  const vi odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  const vi up = _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const vi r = _mm512_mask_blend_epi32(_mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), up, _mm512_set1_epi32(0x7fc0));
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(r));
+}
+INLINE void store_f16(uint16_t* p, vf x) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+INLINE float reduce_add(vf x) {
+  const __m256 a = _mm256_add_ps(_mm512_castps512_ps256(x), _mm512_extractf32x8_ps(x, 1));
+  const __m128 b = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+  const __m128 c = _mm_add_ps(b, _mm_movehl_ps(b, b));
+  return _mm_cvtss_f32(_mm_add_ss(c, _mm_shuffle_ps(c, c, 1)));
+}
+INLINE float amax(vf a, vf b) {
+  const vi bits = _mm512_set1_epi32(0x7fffffff);
+  const vi x = _mm512_and_si512(_mm512_castps_si512(a), bits), y = _mm512_and_si512(_mm512_castps_si512(b), bits);
+  const uint32_t m = _mm512_reduce_max_epu32(_mm512_max_epu32(x, y));
+  return __builtin_bit_cast(float, m);
+}
+INLINE int32_t pack(vf a, vf b, int8_t* q) {
+  const vi x = to_int(a), y = to_int(b);
+  _mm_storeu_si128((__m128i*)q, _mm512_cvtepi32_epi8(x));
+  _mm_storeu_si128((__m128i*)(q + 16), _mm512_cvtepi32_epi8(y));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(x, y));
+}
+
+struct Group4 {
+  vi v[8];
+};
+struct Group8 {
+  vi v[8];
+};
+INLINE Group4 load4(const uint8_t* p) {
+  const vi low = _mm512_set1_epi8(15);
+  Group4 g;
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const vi w = _mm512_loadu_si512(p + 64 * c);
+    g.v[2 * c] = _mm512_and_si512(w, low);
+    g.v[2 * c + 1] = _mm512_and_si512(_mm512_srli_epi16(w, 4), low);
+  }
+  return g;
+}
+INLINE Group8 load8(const uint8_t* p) {
+  Group8 g;
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) g.v[c] = _mm512_loadu_si512(p + 64 * c);
+  return g;
+}
+INLINE vi dot(const vi* w, const int8_t* a, vi sum) {
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    int32_t four;
+    __builtin_memcpy(&four, a + 4 * c, 4);
+    sum = _mm512_dpbusd_epi32(sum, w[c], _mm512_set1_epi32(four));
+  }
+  return sum;
+}
+INLINE vi dot4(const Group4& g, const int8_t* a, int32_t sum8) { return dot(g.v, a, _mm512_set1_epi32(sum8)); }
+// Zero points are at most 255 and sum8 fits int16, so one vpmaddwd multiplies them.
+INLINE vi load_zero(const uint8_t* z) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)z)); }
+INLINE vi middle_zero() { return _mm512_set1_epi32(128); }
+template <bool kMiddle>
+INLINE vi dot8_offset(vi z, int32_t sum8) {
+  if (kMiddle) return _mm512_slli_epi32(_mm512_set1_epi32(sum8), 4);
+  return _mm512_srai_epi32(_mm512_madd_epi16(z, _mm512_set1_epi32(sum8)), 3);
+}
+INLINE vi dot8(const Group8& g, const int8_t* a, vi offset) { return dot(g.v, a, offset); }
+
+INLINE int64_t peak_dots(int64_t steps, const uint8_t* weights, const int8_t* activations) {
+  constexpr int kChains = 12;  // two per cycle with a latency of four, and some to spare
+  const vi w = _mm512_loadu_si512(weights);
+  int32_t four;
+  __builtin_memcpy(&four, activations, 4);
+  const vi a = _mm512_set1_epi32(four);
+  vi sum[kChains];
+  for (vi& s : sum) s = w;
+  for (int64_t i = 0; i < steps; ++i) {
+#pragma GCC unroll 12
+    for (int c = 0; c < kChains; ++c) {
+      sum[c] = _mm512_dpbusd_epi32(sum[c], w, a);
+      __asm__ volatile("" : "+v"(sum[c]));
+    }
+  }
+  return steps * kChains * 64;
+}

@@ -1,0 +1,161 @@
+// Raw-pointer interface of the kernels: structures, the table of one instruction set, and the regions.
+// No torch here. Nothing below allocates.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "attention.h"
+#include "layouts.h"
+
+namespace unicorn {
+
+// A dense array of floats of some type, or none (null).
+struct Array {
+  const void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+enum class Scheme : int { w4g32 = 0, w8c = 1, w8a = 2 };
+
+struct Weight {
+  Scheme scheme = Scheme::w4g32;
+  const uint8_t* q = nullptr;
+  const void* scale = nullptr;    // fp16 [N16, K32, 16] for w4g32, else fp32 [N16, 16]
+  const uint8_t* zero = nullptr;  // w8a only, [N16, 16]
+  int64_t n = 0, k = 0;
+};
+
+// y = x * rsqrt(mean(x^2) + eps) * (w + offset); `on` false means y = x.
+struct Norm {
+  bool on = false;
+  Array w;
+  float eps = 0, offset = 0;
+};
+
+// What happens to a finished row: norm, then residual, then one rounding.
+struct Post {
+  Norm norm;
+  Array residual;  // [rows, width]
+};
+
+struct Rows {
+  Array x;
+  int64_t rows = 0, width = 0;
+};
+
+struct Out {
+  void* data = nullptr;
+  DType dtype = DType::f32;
+};
+
+// Quantized activations. Tokens come in blocks of 16 (the last one shorter, b tokens):
+// q [block][group][b][32], scale and sum8 [block][group][b]; sum8 is -8 * (sum of the group's q).
+struct Activations {
+  int8_t* q = nullptr;
+  float* scale = nullptr;
+  int32_t* sum8 = nullptr;
+  int64_t rows = 0, groups = 0;
+};
+
+enum class Act : int { gelu_tanh = 0, gelu = 1, silu = 2, relu = 3 };
+
+struct Range {
+  int64_t begin, end;
+};
+
+struct LinearArgs {
+  Weight w;
+  Array bias;
+  Activations a;
+  Out out;         // [rows, stride]
+  int64_t stride;  // elements between rows of out
+};
+
+struct GateArgs {
+  Weight gate, up;
+  Array gate_bias, up_bias;
+  Act act;
+  Activations a, out;  // out: the product, quantized along its width
+};
+
+struct RotaryArgs {
+  Norm norm;
+  const float* x;  // row (b, t) at x + (b * T + t) * stride, heads side by side
+  int64_t stride, B, T, heads, head_dim;
+  Array cos, sin;   // [B or 1, T, head_dim] or none
+  bool shared_cos;  // one cos/sin for all of the batch
+  Out out;          // [B, heads, T, head_dim]
+};
+
+struct EmbeddingArgs {
+  const int64_t* ids;
+  int64_t count;
+  Weight w;
+  Out out;  // [count, k]
+};
+
+// Everything that is compiled once per instruction set. All of them give the same bits.
+struct Kernels {
+  const char* name;
+  void (*quantize)(const Rows& x, const Norm& norm, const Activations& a, Range rows);
+  void (*linear)(const LinearArgs& args, Range tiles);  // tiles of 16 rows of the weight
+  void (*gate)(const GateArgs& args, Range groups);     // groups of 32 rows of the weights
+  void (*norm)(const Rows& x, const Post& post, const Out& out, Range rows);
+  void (*rotary)(const RotaryArgs& args, Range items);  // items (b, t, head), head fastest
+  void (*embedding)(const EmbeddingArgs& args, Range ids);
+  void (*activations)(const float* x, int64_t n, Act act, float* out);  // for tests
+  // For benchmarks: reads memory (the result means nothing); int8 dot products, returns the multiply-adds.
+  uint64_t (*read)(const uint64_t* data, int64_t words);
+  int64_t (*dots)(int64_t steps);
+};
+
+// The table in use: the best that the CPU runs, unless set_isa chose another.
+const Kernels& kernels();
+// Names of the tables that this CPU runs, best first, ended by null.
+const char* const* isas();
+// Of these kernels, attention and the quantizer. "" is the best one. False for a name that is not in isas().
+bool set_isa(const char* name);
+
+class Workspace;  // threads.h
+
+struct FfnArgs {
+  Rows x;
+  Norm norm;
+  Weight gate, up, down;
+  Array gate_bias, up_bias, down_bias;
+  Act act;
+  Post post;
+  Out out;
+};
+
+struct Projection {
+  Weight w;
+  Array bias;
+  Norm norm;
+  bool rotate;
+  int64_t heads;
+  Out out;
+};
+
+struct QkvArgs {
+  Rows x;
+  Norm norm;
+  Projection part[3];
+  int64_t B, T, head_dim;
+  Array cos, sin;
+  bool shared_cos;
+};
+
+// Regions: one parallel region each. `norm` is applied to x before it is quantized.
+void run_linear(const Rows& x, const Norm& norm, const Weight& w, Array bias, const Post& post, Out out,
+                Workspace& workspace, int threads);
+void run_ffn(const FfnArgs& args, Workspace& workspace, int threads);
+void run_qkv(const QkvArgs& args, Workspace& workspace, int threads);
+void run_rotary(const RotaryArgs& args, int threads);
+void run_norm(const Rows& x, const Post& post, Out out, int threads);
+void run_embedding(const EmbeddingArgs& args, int threads);
+uint64_t run_read(const uint64_t* data, int64_t words, int threads);
+int64_t run_dots(int64_t steps, int threads);
+
+}  // namespace unicorn

@@ -1,0 +1,105 @@
+// From tensors to the structures of kernels.h: every check of an argument is here. Only torch_bindings.cpp
+// includes this.
+#pragma once
+
+#include <ATen/ATen.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace unicorn {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+inline DType dtype_of(const Tensor& t, const char* what) {
+  TORCH_CHECK(t.device().is_cpu(), what, ": got a tensor on ", t.device(), ", unicorn runs on the CPU");
+  const auto type = t.scalar_type();
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, what, ": got dtype ", type,
+              ", allowed are bfloat16, float16 and float32");
+  return type == at::kFloat ? DType::f32 : type == at::kBFloat16 ? DType::bf16 : DType::f16;
+}
+
+// Arguments whose dense copies must outlive the call.
+class Arguments {
+ public:
+  explicit Arguments(const char* op) : op_(op) {}
+
+  Array array(const Tensor& t, const char* name, int64_t numel = -1) {
+    const DType dtype = dtype_of(t, label(name).c_str());
+    TORCH_CHECK(numel < 0 || t.numel() == numel, label(name), ": got shape ", t.sizes(), ", expected ", numel,
+                " elements");
+    kept_.push_back(t.contiguous());
+    return {kept_.back().const_data_ptr(), dtype};
+  }
+  Array array(const OptionalTensor& t, const char* name, int64_t numel) { return t ? array(*t, name, numel) : Array{}; }
+  Rows rows(const Tensor& x, int64_t width = -1) {
+    TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, label("x"), ": got shape ", x.sizes(), ", expected [..., K] with K > 0");
+    TORCH_CHECK(width < 0 || x.size(-1) == width, label("x"), ": got last dim ", x.size(-1), ", expected ", width);
+    return {array(x, "x"), x.numel() / x.size(-1), x.size(-1)};
+  }
+  Norm norm(const OptionalTensor& w, const std::optional<double>& eps, double offset, int64_t width, const char* name) {
+    TORCH_CHECK(eps || !w, label(name), ": got a weight without an eps");
+    if (!eps) return {};
+    return {true, array(w, name, width), static_cast<float>(*eps), static_cast<float>(offset)};
+  }
+  Post post(const OptionalTensor& w, const std::optional<double>& eps, double offset, const OptionalTensor& residual,
+            int64_t rows, int64_t width) {
+    return {norm(w, eps, offset, width, "post_w"), array(residual, "residual", rows * width)};
+  }
+  std::vector<OptionalTensor> biases(at::TensorList list) {
+    TORCH_CHECK(list.empty() || list.size() == 3, label("bias"), ": got ", list.size(),
+                " tensors, allowed are 0 and 3");
+    if (list.empty()) return std::vector<OptionalTensor>(3);
+    return {list[0], list[1], list[2]};
+  }
+  // A packed weight; scheme and padding from the shapes (see unicorn_backend/ops.py).
+  Weight weight(at::TensorList list, int64_t n, int64_t k, const char* name) {
+    TORCH_CHECK(list.size() == 2 || list.size() == 3, label(name), ": got ", list.size(),
+                " tensors, allowed are 1 (float), 2 (w4g32, w8c) and 3 (w8a)");
+    const int64_t n16 = (n + kRows - 1) / kRows, k32 = (k + kGroup - 1) / kGroup;
+    const bool four = list.size() == 2 && list[0].dim() == 5 && list[0].size(2) == 4;
+    packed(list[0], name, "bytes", at::kByte, {n16, k32, four ? 4 : 8, kRows, 4});
+    if (four) {
+      packed(list[1], name, "scales", at::kHalf, {n16, k32, kRows});
+    } else {
+      packed(list[1], name, "scales", at::kFloat, {n16, kRows});
+    }
+    if (list.size() == 3) packed(list[2], name, "zero points", at::kByte, {n16, kRows});
+    return {four               ? Scheme::w4g32
+            : list.size() == 3 ? Scheme::w8a
+                               : Scheme::w8c,
+            list[0].const_data_ptr<uint8_t>(),
+            list[1].const_data_ptr(),
+            list.size() == 3 ? list[2].const_data_ptr<uint8_t>() : nullptr,
+            n,
+            k};
+  }
+  std::string label(const char* name) const { return std::string("unicorn::") + op_ + ": " + name; }
+
+ private:
+  void packed(const Tensor& t, const char* name, const char* part, at::ScalarType type, at::IntArrayRef shape) const {
+    TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == type && t.sizes() == shape && t.is_contiguous(), label(name),
+                ": ", part, " must be contiguous ", type, " ", shape, " on the CPU, got ", t.scalar_type(), " ",
+                t.sizes(), " on ", t.device(), t.is_contiguous() ? "" : ", not contiguous",
+                "; pack them with unicorn_backend.layouts");
+  }
+
+  const char* op_;
+  std::vector<Tensor> kept_;
+};
+
+inline Out out_of(Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t, "unicorn: result")}; }
+
+inline Act activation_of(c10::string_view name) {
+  if (name == "gelu_tanh") return Act::gelu_tanh;
+  if (name == "gelu") return Act::gelu;
+  if (name == "silu") return Act::silu;
+  TORCH_CHECK(name == "relu", "unicorn::int4_ffn: act: got '", name, "', allowed are gelu_tanh, gelu, silu, relu");
+  return Act::relu;
+}
+
+}  // namespace unicorn
