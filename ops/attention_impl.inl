@@ -4,7 +4,7 @@
 #endif
 
 #include "attention_softmax.inl"
-// after it:
+// These two use what it defines.
 #include "attention_decode.inl"
 #include "attention_prefill.inl"
 
