@@ -46,8 +46,8 @@ def unicorn(
     if note := leave_alone(example_inputs):
         return _pass_through(gm, parsed, note)
     normal = normalise(gm)
-    if normal is None:
-        return _pass_through(gm, parsed, "no tensor inputs")
+    if isinstance(normal, str):
+        return _pass_through(gm, parsed, normal)
     taken = rewrite(normal)
     if not taken.regions and not prepare.has_quantized(example_inputs):
         note = prepare.reason_for_nothing() or "no attention or gated feed-forward was matched"

@@ -71,7 +71,7 @@ def _trace(root: nn.Module, inputs: dict[str, Any]) -> list[Plan]:
 
     def record(gm: torch.fx.GraphModule, _: Any) -> Any:
         normal = normalise(gm)
-        if normal is not None:
+        if not isinstance(normal, str):
             taken = rewrite(normal)
             placeholders = [node for node in normal.graph.nodes if node.op == "placeholder"]
             names = dict(zip(placeholders, parameter_names(gm), strict=True))

@@ -21,7 +21,7 @@ def trace(
 
     def record(gm: GraphModule, example_inputs: list[Any]) -> Any:
         normal = normalise(gm)
-        assert normal is not None
+        assert not isinstance(normal, str), normal
         found.append((normal, rewrite(normal), list(example_inputs)))
         return gm.forward
 

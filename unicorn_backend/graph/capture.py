@@ -16,17 +16,26 @@ from torch.fx import GraphModule
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
-def normalise(gm: GraphModule) -> GraphModule | None:
-    """Pre-dispatch ATen form of Dynamo's `gm`, same inputs and outputs in the same order.
-
-    None if the graph has no tensor input, so that there is nothing to take.
-    """
+def normalise(gm: GraphModule) -> GraphModule | str:
+    """Pre-dispatch ATen form of Dynamo's `gm`, same inputs and outputs in the same order; or why there is none."""
     inputs = [_example(node) for node in gm.graph.nodes if node.op == "placeholder"]
     mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
     if mode is None:
-        return None
+        return "no tensor inputs"
     with mode, torch.no_grad():
-        return make_fx(gm, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+        normal = make_fx(gm, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
+    # Inside a functorch transform (vmap, as transformers uses for image-token masks) values escape the tracer
+    # and end up as constants without data.
+    if any(isinstance(_constant(normal, node), FakeTensor) for node in normal.graph.nodes if node.op == "get_attr"):
+        return "a functorch transform (vmap) in the graph cannot be traced to ATen operators"
+    return normal
+
+
+def _constant(gm: GraphModule, node: torch.fx.Node) -> Any:
+    owner: Any = gm
+    for name in str(node.target).split("."):
+        owner = getattr(owner, name)
+    return owner
 
 
 def _example(node: torch.fx.Node) -> Any:
