@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from torch import nn
 
-from unicorn_backend import assets, ops, reference
-from unicorn_backend.errors import NativeLibraryError
+from unicorn_backend.quantize.schemes import ensure_kernels
 
 
 def has_kernel(name: str) -> bool:
@@ -20,11 +17,7 @@ def has_kernel(name: str) -> bool:
 @pytest.fixture(scope="session", autouse=True)
 def kernels() -> None:
     """The native kernels; without them the reference runs the ops."""
-    with contextlib.suppress(NativeLibraryError):
-        assets.load_native()
-    for name, function in reference.FUNCTIONS.items():
-        if not has_kernel(name):
-            ops.LIBRARY.impl(name, function, "CPU")
+    ensure_kernels()
 
 
 @pytest.fixture

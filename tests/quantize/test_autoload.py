@@ -67,3 +67,12 @@ def test_registering_again_changes_nothing_and_is_quick() -> None:
     assert [f for f in sys.meta_path if type(f).__name__ == "_Finder"] == [
         f for f in finders if type(f).__name__ == "_Finder"
     ]
+
+
+def test_eager_model_runs_in_a_fresh_process(installed: dict[str, str]) -> None:
+    """Without torch.compile nothing but quantizing loads the kernels."""
+    code = (
+        "import torch, unicorn_backend as u; m = torch.nn.Linear(64, 32);"
+        "u.quantize(m, 'q4'); print(m(torch.zeros(1, 64)).shape[1])"
+    )
+    assert run(code, installed).split()[-1] == "32"

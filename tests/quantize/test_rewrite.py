@@ -149,11 +149,13 @@ def test_memory_goes_back_to_the_system(native: None) -> None:
     """151 MB of bf16 become 42 MB of INT4, with at most one float tensor (38 MB) beside them."""
     with torch.device("meta"):
         model = nn.Sequential(*(nn.Linear(4096, 4608, bias=False, dtype=torch.bfloat16) for _ in range(4)))
-    model.to_empty(device="cpu").apply(lambda m: nn.init.constant_(m.weight, 0.5) if isinstance(m, nn.Linear) else None)
+    for parameter in model.to_empty(device="cpu").parameters():
+        nn.init.constant_(parameter, 0.5)
+    del parameter
     before = _resident()
     quantize(model, "q4")
     gc.collect()
-    assert _resident() - before == pytest.approx(-109e6, abs=12e6)
+    assert -152e6 < _resident() - before < -95e6  # -109 MB, or less where the heap had room for the packed ones
 
 
 def _resident() -> int:

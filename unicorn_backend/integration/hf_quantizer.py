@@ -49,7 +49,7 @@ class UnicornConfig(QuantizationConfigMixin):
         if unknown:
             raise OptionError(f"UnicornConfig: unknown option {next(iter(unknown))!r}; allowed are recipe and rules")
         known = Recipe.from_dict(recipe) if isinstance(recipe, Mapping) else Recipe.named(recipe)
-        self.quant_method = quant_method  # type: ignore[assignment]
+        self.quant_method = quant_method
         self.recipe = known.with_overrides(rules or {})
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,7 +75,7 @@ class UnicornQuantizer(HfQuantizer):
 
     @property
     def recipe(self) -> Recipe:
-        recipe: Recipe = self.quantization_config.recipe  # type: ignore[attr-defined]
+        recipe: Recipe = self.quantization_config.recipe
         return recipe
 
     def update_device_map(self, device_map: Any) -> Any:

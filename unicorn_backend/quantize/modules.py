@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from unicorn_backend import ops as _ops  # noqa: F401  (defines the unicorn:: ops)
 from unicorn_backend.layouts import scheme_of
+from unicorn_backend.quantize.schemes import ensure_kernels
 
 BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
 
@@ -122,7 +123,7 @@ class _Packed(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         """Devices change, dtypes of packed tensors do not: `.to(dtype)` is about the activations."""
         packed = {name: self._buffers.pop(name) for name in BUFFERS if name in self._buffers}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in packed.items():
             assert tensor is not None
             moved = fn(tensor.view(torch.uint8)).view(tensor.dtype)
@@ -190,6 +191,7 @@ def pack_module(module: nn.Module, packed: list[Tensor], *, keep: bool = False, 
 
     owner: False for the second user of shared tensors: they are saved with the first.
     """
+    ensure_kernels()
     weight = module._parameters.pop("weight")
     assert weight is not None
     module.__class__ = quantized_class(type(module))  # type: ignore[arg-type]
@@ -235,5 +237,6 @@ def _float_class(cls: type[nn.Module]) -> type[nn.Module]:
 
 
 def _rebuild(cls: type[nn.Module]) -> nn.Module:
+    ensure_kernels()
     new = quantized_class(cls)  # type: ignore[arg-type]
     return new.__new__(new)

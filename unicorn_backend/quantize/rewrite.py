@@ -30,7 +30,7 @@ from unicorn_backend.quantize.modules import (
     unpack_module,
 )
 from unicorn_backend.quantize.recipe import FLOAT, SCHEMES, Recipe, recipes
-from unicorn_backend.quantize.schemes import quantize_weight
+from unicorn_backend.quantize.schemes import ensure_kernels, quantize_weight
 from unicorn_backend.quantize.structure import is_language_model
 
 __all__ = ["is_language_model", "quantization_report", "quantize", "recipes", "restore"]
@@ -264,6 +264,7 @@ def _refuse_changes(model: nn.Module, recipe: Recipe) -> None:
 
 def _check_weights(jobs: list[Job]) -> None:
     """QuantizationError for weights that are on meta, or hold NaN or Inf."""
+    ensure_kernels()
     for job in jobs:
         if job.weight.is_meta:
             raise QuantizationError(

@@ -8,15 +8,20 @@ rounding per written operation, sums over k in ascending order); the native kern
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from unicorn_backend.errors import OptionError
+from unicorn_backend import assets
+from unicorn_backend.errors import NativeLibraryError, OptionError
 from unicorn_backend.layouts import GROUP, ROWS, W8_ZERO, pack_w4g32, pack_w8
 from unicorn_backend.ops import LIBRARY
 from unicorn_backend.quantize.recipe import SCHEMES
+
+log = logging.getLogger(__name__)
 
 # Factors of the w4g32 search: the group's largest |w| is mapped to each of these, for both signs of
 # the scale. Relative error on N(0,1): 8 factors 8.10 %, 15 factors 8.09 %, 61 factors 8.09 %, and
@@ -39,8 +44,26 @@ LIBRARY.define("count_nonfinite(Tensor w) -> int")
 LIBRARY.define("quantize_isa(str name) -> str")
 
 
+@functools.cache
+def ensure_kernels() -> None:
+    """Load the native kernels, once per process; without them the ops run in plain torch, with a warning.
+
+    Called where packed weights come into being and not on import, which `import torch` does.
+    """
+    try:
+        assets.load_native()
+    except NativeLibraryError as error:
+        from unicorn_backend import reference
+
+        log.warning("the native library is missing: quantized models run in plain torch, slowly. %s", error)
+        for name, function in reference.FUNCTIONS.items():
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"unicorn::{name}", "CPU"):
+                LIBRARY.impl(name, function, "CPU")
+
+
 def quantize_weight(w: Tensor, scheme: str) -> list[Tensor]:
     """Float weight [N, K] -> its packed tensors. Raises ValueError for NaN or Inf."""
+    ensure_kernels()
     if scheme == "w4g32":
         return list(torch.ops.unicorn.quantize_w4g32(w))
     if scheme == "w8c":
