@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-from unicorn_backend.errors import NativeLibraryError
+from unicorn_backend import ops as _ops  # noqa: F401  (defines the unicorn:: ops)
+from unicorn_backend.errors import NativeLibraryError, OptionError
+from unicorn_backend.options import forced_isa
 
 PACKAGE = Path(__file__).parent
 LIBRARY = "libunicorn_ops.so"
@@ -24,7 +26,15 @@ def load_native() -> Path:
             f"{path} does not load with torch {torch.__version__}: {error}. "
             "It was probably built for another torch; rebuild it: pip install --no-build-isolation ."
         ) from error
+    _force_isa(forced_isa())
     return path
+
+
+def _force_isa(name: str) -> None:
+    allowed = torch.ops.unicorn.isas()
+    if name and name not in allowed:
+        raise OptionError(f"environment variable UNICORN_ISA: got {name!r}, this CPU runs {', '.join(allowed)}")
+    torch.ops.unicorn.set_isa(name)
 
 
 def embedded_model() -> Path:

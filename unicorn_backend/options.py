@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,11 @@ from unicorn_backend.errors import OptionError
 
 DEVICES = ("cpu", "vulkan", "npu")
 POLICIES = ("speed", "power", "fixed")
+
+
+def forced_isa() -> str:
+    """UNICORN_ISA: the instruction set that the CPU kernels must use; "" leaves the choice to them."""
+    return os.environ.get("UNICORN_ISA", "")
 
 
 @dataclass(frozen=True)
