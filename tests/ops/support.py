@@ -1,0 +1,136 @@
+"""Random packed weights, and the oracle with an error bound that is derived, not tuned.
+
+`Approx` is a value with a bound on how far the fp32 kernel may be from it. Rounding adds to the bound;
+a quantization adds a whole step wherever the bound reaches the next rounding boundary, because there the
+kernel may rightly choose the neighbour.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unicorn_backend import layouts, reference
+from unicorn_backend.layouts import GROUP
+
+SCHEMES = ("w4g32", "w8c", "w8a")
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TOKENS = (1, 2, 3, 5, 8, 13, 64)
+UNIT = 2.0**-24  # largest relative error of one fp32 rounding
+ACTIVATION_ERROR = 1e-6  # relative to |x|; test_activations.py holds the kernels to it
+SLOPE = 1.2  # largest derivative of the activation functions (1.13 for gelu)
+
+
+def make_weight(n: int, k: int, scheme: str) -> list[Tensor]:
+    """Random [n, k] with entries of about 0.5 / sqrt(k), some rows and groups much smaller, in any scheme or dtype."""
+    if scheme not in SCHEMES:
+        return [(torch.randn(n, k) / k**0.5).to(getattr(torch, scheme))]
+    if scheme == "w4g32":
+        scale = (torch.rand(n, -(-k // GROUP)) + 0.1) * torch.randn(n, 1).sign() * 0.2 / k**0.5
+        return layouts.pack_w4g32(torch.randint(-8, 8, (n, k), dtype=torch.int8), scale.half())
+    stored = torch.randint(0, 256, (n, k), dtype=torch.uint8)
+    stored[0, :] = 255  # the extremes that saturating instructions would get wrong
+    stored[-1, :] = 0
+    zero = torch.randint(0, 256, (n,), dtype=torch.uint8) if scheme == "w8a" else None
+    return layouts.pack_w8(stored, (torch.rand(n) + 0.1) * 0.01 / k**0.5, zero)
+
+
+@dataclass
+class Approx:
+    """fp64 `value`, and `error`: how far an fp32 kernel may be from it, elementwise."""
+
+    value: Tensor
+    error: Tensor
+
+    @staticmethod
+    def exact(x: Tensor) -> Approx:
+        return Approx(x.double(), torch.zeros(x.shape, dtype=torch.float64))
+
+    def rounded(self, unit: float = UNIT) -> Approx:
+        return Approx(self.value, self.error * (1 + unit) + unit * self.value.abs())
+
+    def plus(self, other: Tensor | None) -> Approx:
+        return self if other is None else Approx(self.value + other.double(), self.error).rounded()
+
+
+def norm(x: Approx, w: Tensor | None, eps: float | None, offset: float) -> Approx:
+    """RMS norm. The sum of squares is in 16 lanes, so K / 16 + 4 additions; sqrt and division halve and add."""
+    if eps is None:
+        return x
+    width = x.value.shape[-1]
+    mean = x.value.pow(2).mean(-1, keepdim=True) + eps
+    factor = mean.rsqrt() * (1.0 if w is None else (w.double() + offset))
+    relative_rms = (x.error * x.value.abs()).mean(-1, keepdim=True) / mean
+    relative = relative_rms + (width / 16 + 16) * UNIT
+    return Approx(x.value * factor, (x.error + x.value.abs() * relative) * factor.abs())
+
+
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`a8g32` of fp32 [..., G, 32]: each of the two divisions rounds once (`127.0 / amax` would round twice)."""
+    amax = x.abs().amax(-1)
+    inverse = torch.where(amax > 0, torch.full_like(amax, 127.0) / amax, 0.0)
+    return torch.round(x * inverse[..., None]), amax / torch.full_like(amax, 127.0)
+
+
+def weight_values(w: list[Tensor], n: int, k: int) -> Tensor:
+    """fp64 [n, k]; `layouts.dequantize` rounds its w8 products to fp32, which the kernels never do."""
+    if layouts.scheme_of(w) == "w4g32":
+        return layouts.dequantize(w, n, k).double()
+    stored, scale, zero = layouts.unpack_w8(w, n, k)
+    middle = torch.full((n,), layouts.W8_ZERO) if zero is None else zero
+    return (stored.double() - middle.double()[:, None]) * scale.double()[:, None]
+
+
+def project(x: Approx, w: list[Tensor], bias: Tensor | None, n: int) -> Approx:
+    """Quantized linear: exact integer sums, fp32 over G groups: (G + 4) roundings of the terms' absolute sum."""
+    k, groups = x.value.shape[-1], -(-x.value.shape[-1] // GROUP)
+    error = F.pad(x.error, (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
+    value = F.pad(x.value, (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
+    q, scale = quantize(value.float())
+    amax = value.abs().amax(-1, keepdim=True).clamp_min(1e-300)
+    scale_error = error.amax(-1, keepdim=True) / amax  # relative
+    steps = value * 127 / amax
+    reach = 127 * error / amax + steps.abs() * (scale_error + 3 * UNIT)
+    flips = ((steps - steps.floor() - 0.5).abs() <= reach) & (error > 0)
+    moved = scale.double()[..., None] * (flips + (q.abs() + 1) * (scale_error + 2 * UNIT) * (error > 0))
+    weights = F.pad(weight_values(w, n, k), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
+    terms = torch.einsum("...gk,ngk->...ng", q.double() * scale.double()[..., None], weights)
+    drift = torch.einsum("...gk,ngk->...n", moved, weights.abs())
+    result = Approx(terms.sum(-1), drift + (groups + 4) * UNIT * terms.abs().sum(-1))
+    return result.plus(bias)
+
+
+def gated(gate: Approx, up: Approx, act: str) -> Approx:
+    """act(gate) * up."""
+    value = reference.ACTIVATIONS[act](gate.value)
+    error = SLOPE * gate.error + ACTIVATION_ERROR * gate.value.abs()
+    product = Approx(value * up.value, error * up.value.abs() + (value.abs() + error) * up.error)
+    return product.rounded()
+
+
+def ffn(x, norm_w, norm_eps, norm_offset, wg, wu, wd, bias, act, f, n, post_w, post_eps, post_offset, residual):  # type: ignore[no-untyped-def]
+    """`int4_ffn` with its bound, before the rounding of the result."""
+    h = norm(Approx.exact(x), norm_w, norm_eps, norm_offset)
+    bg, bu, bd = bias or [None] * 3
+    product = gated(project(h, wg, bg, f), project(h, wu, bu, f), act)
+    y = norm(project(product, wd, bd, n), post_w, post_eps, post_offset)
+    return y.plus(residual)
+
+
+def unit_of(dtype: torch.dtype) -> float:
+    """Largest relative error of one rounding to `dtype`."""
+    return torch.finfo(dtype).eps / 2
+
+
+def assert_within(got: Tensor, want: Approx) -> None:
+    """Every element within the bound, and the bound far below the signal, so that the test can fail."""
+    unit = unit_of(got.dtype)
+    bound = want.error * (1 + unit) + unit * want.value.abs() + torch.finfo(got.dtype).smallest_normal
+    excess = ((got.double() - want.value).abs() - bound).max()
+    assert excess <= 0, f"{float(excess):.3g} beyond the bound of {float(bound.max()):.3g}"
+    signal = want.value.pow(2).mean().sqrt()
+    share = bound.median() / signal  # not the mean: one neighbouring step on a small model is worth a percent
+    assert share < 0.02, f"the bound says nothing: {float(share):.2%} of the signal"

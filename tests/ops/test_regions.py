@@ -1,0 +1,129 @@
+"""int4_ffn, int8_qkv and the end of int8_attention against the reference, within the derived bound."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.ops.support import DTYPES, SCHEMES, TOKENS, Approx, assert_within, ffn, make_weight, norm, project
+from unicorn_backend import reference
+from unicorn_backend.ops import ACTIVATIONS
+
+OPS = torch.ops.unicorn
+OPTIONS = list(itertools.product((False, True), repeat=3))  # pre-norm, post-norm, residual
+
+
+def ffn_args(m: int, k: int, f: int, n: int, schemes: tuple[str, str, str], dtype: torch.dtype, **on: Any) -> list[Any]:
+    """Arguments of int4_ffn; `on`: pre, post, residual, bias, act."""
+    weights = [make_weight(rows, k_, s) for rows, k_, s in zip((f, f, n), (k, k, f), schemes, strict=True)]
+    weights[0][1] = weights[0][1] * 4  # gates of about 1, where the activation function bends
+    bias = [torch.randn(f) * 0.1, torch.randn(f) * 0.1, torch.randn(n) * 0.1] if on.get("bias") else []
+    pre = (torch.rand(k).to(dtype), 1e-6, 1.0) if on.get("pre") else (None, None, 0.0)
+    post = (torch.rand(n).to(dtype), 1e-6, 0.0) if on.get("post") else (None, None, 0.0)
+    residual = torch.randn(m, n).to(dtype) if on.get("residual") else None
+    x = torch.randn(m, k).to(dtype)
+    return [x, *pre, *weights, bias, on.get("act", "gelu_tanh"), f, n, *post, residual]
+
+
+@pytest.mark.parametrize("schemes", [*((s, s, s) for s in SCHEMES), ("w8c", "w4g32", "w8a")], ids="-".join)
+def test_ffn(isa: str, threads: int, schemes: tuple[str, str, str]) -> None:
+    cases = zip(TOKENS, itertools.cycle(OPTIONS), itertools.cycle(DTYPES))
+    for index, (m, (pre, post, residual), dtype) in enumerate(cases):
+        k, f, n = ((100, 72, 37), (64, 48, 64))[index % 2]
+        args = ffn_args(m, k, f, n, schemes, dtype, pre=pre, post=post, residual=residual, bias=index % 3 == 0)
+        assert_within(OPS.int4_ffn(*args), ffn(*args))
+
+
+@pytest.mark.parametrize("act", ACTIVATIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_ffn_activations_and_options(isa: str, act: str, options: tuple[bool, bool, bool]) -> None:
+    pre, post, residual = options
+    args = ffn_args(3, 64, 96, 48, ("w4g32",) * 3, torch.float32, pre=pre, post=post, residual=residual, act=act)
+    assert_within(OPS.int4_ffn(*args), ffn(*args))
+
+
+@pytest.mark.parametrize("schemes", [("bfloat16",) * 3, ("bfloat16", "w4g32", "w8c"), ("w4g32", "w8c", "bfloat16")])
+def test_ffn_with_float_weights(schemes: tuple[str, str, str]) -> None:
+    """Float weights round like eager: the bound is bf16 roundings between the steps, not derived further."""
+    args = ffn_args(5, 64, 96, 48, ("w4g32",) * 3, torch.bfloat16, pre=True, post=True, residual=True)
+    for i, (scheme, rows, k) in enumerate(zip(schemes, (96, 96, 48), (64, 64, 96), strict=True)):
+        args[4 + i] = make_weight(rows, k, scheme)
+    got, want = OPS.int4_ffn(*args).float(), reference.int4_ffn(*args).float()
+    assert (got - want).norm() < 0.01 * want.norm()
+
+
+def qkv_args(
+    b: int, t: int, k: int, dims: tuple[int, int, int], scheme: str, dtype: torch.dtype, **on: Any
+) -> list[Any]:
+    """Arguments of int8_qkv; dims = heads, kv_heads, head_dim; `on`: pre, norm, rotary, bias, shared."""
+    heads, kv_heads, d = dims
+    rows = [heads * d, kv_heads * d, kv_heads * d]
+    weights = [make_weight(n, k, scheme) for n in rows]
+    pre = (torch.rand(k).to(dtype), 1e-6, 1.0) if on.get("pre") else (None, None, 0.0)
+    qk = (torch.rand(d), torch.rand(d), 1e-6, 1.0) if on.get("norm") else (None, None, None, 0.0)
+    angle = torch.rand(1 if on.get("shared", True) else b, t, d) * 6
+    rotary = (angle.cos().to(dtype), angle.sin().to(dtype)) if on.get("rotary") else (None, None)
+    bias = [torch.randn(n) for n in rows] if on.get("bias") else []
+    return [torch.randn(b, t, k).to(dtype), *pre, *weights, bias, *qk, *rotary, heads, kv_heads, d]
+
+
+def qkv_bounds(args: list[Any]) -> list[Approx]:
+    """int8_qkv with bounds."""
+    x, norm_w, eps, offset, wq, wk, wv, bias, qw, kw, qk_eps, qk_offset, cos, sin, heads, kv_heads, d = args
+    h = norm(Approx.exact(x), norm_w, eps, offset)
+    out = []
+    biases, norms, counts = bias or [None] * 3, (qw, kw, None), (heads, kv_heads, kv_heads)
+    for w, b, w_norm, count in zip((wq, wk, wv), biases, norms, counts, strict=True):
+        y = project(h, w, b, count * d)
+        y = Approx(*(part.unflatten(-1, (count, d)).transpose(1, 2) for part in (y.value, y.error)))
+        out.append(y if len(out) == 2 else rotated(norm(y, w_norm, qk_eps, qk_offset), cos, sin))
+    return out
+
+
+def rotated(x: Approx, cos: Tensor | None, sin: Tensor | None) -> Approx:
+    """Rotary embedding: two products, one sum."""
+    if cos is None or sin is None:
+        return x
+    c, s = cos.double().abs().unsqueeze(1), sin.double().abs().unsqueeze(1)
+    error = x.error * c + x.error.roll(x.error.shape[-1] // 2, -1) * s
+    size = x.value.abs() * c + x.value.abs().roll(x.value.shape[-1] // 2, -1) * s
+    return Approx(reference._rotate(x.value, cos, sin), error * (1 + 1e-6) + 3 * 2.0**-24 * size)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("rotary", [False, True])
+def test_qkv(isa: str, threads: int, scheme: str, rotary: bool) -> None:
+    for index, (b, t) in enumerate(((1, 1), (1, 5), (2, 3), (2, 13), (1, 64))):
+        dims = ((4, 1, 32), (2, 2, 20), (3, 1, 64))[index % 3]
+        on = {"pre": index % 2 == 0, "norm": index % 3 != 1, "bias": index == 2, "shared": index != 3, "rotary": rotary}
+        args = qkv_args(b, t, 100, dims, scheme, DTYPES[index % 3], **on)
+        for got, want in zip(OPS.int8_qkv(*args), qkv_bounds(args), strict=True):
+            assert got.is_contiguous()
+            assert_within(got, want)
+
+
+def test_qkv_mixed_with_a_float_weight() -> None:
+    args = qkv_args(2, 3, 64, (2, 1, 32), "w4g32", torch.bfloat16, pre=True, norm=True, rotary=True)
+    args[6] = make_weight(32, 64, "bfloat16")
+    for got, want in zip(OPS.int8_qkv(*args), reference.int8_qkv(*args), strict=True):
+        assert (got.float() - want.float()).norm() < 0.01 * want.float().norm()
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, "bfloat16"])
+def test_attention_output(isa: str, threads: int, scheme: str) -> None:
+    """One key per head: the softmax is 1, so the core is exact and what remains is projection, norm, residual."""
+    b, heads, d, n = 2, 4, 20, 37
+    w, post_w = make_weight(n, heads * d, scheme), torch.rand(n)
+    q, k, v = (torch.randn(b, h, 1, d).bfloat16() for h in (heads, 2, 2))
+    bo, residual = torch.randn(n), torch.randn(b, 1, n).bfloat16()
+    got = OPS.int8_attention(q, k, v, None, True, 0.3, 0.0, w, bo, n, post_w, 1e-6, 1.0, residual)
+    if scheme == "bfloat16":
+        want = reference.int8_attention(q, k, v, None, True, 0.3, 0.0, w, bo, n, post_w, 1e-6, 1.0, residual)
+        assert (got.float() - want.float()).norm() < 0.01 * want.float().norm()
+        return
+    joined = v.repeat_interleave(2, 1).transpose(1, 2).flatten(2)
+    assert_within(got, norm(project(Approx.exact(joined), w, bo, n), post_w, 1e-6, 1.0).plus(residual))
