@@ -52,20 +52,20 @@ $(VENV)/.created:
 # torch first, and its CPU build: the configured index, else PyTorch's own, else whatever the index calls $(TORCH).
 $(VENV)/.torch: $(VENV)/.created
 	@echo "installing torch $(TORCH) (CPU)"
-	@$(PIP) install -q "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || $(PIP) install -q "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-	  || $(PIP) install -q "torch==$(TORCH)"
+	@$(PIP) install -qq "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install -qq "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	  || $(PIP) install -qq "torch==$(TORCH)"
 	@touch $@
 
 # The C++ extension is built by CMake and ninja, both from PyPI; only the compiler is the system's.
 $(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@command -v $${CXX:-g++} >/dev/null || { echo "no C++ compiler: apt install g++"; exit 1; }
 	@echo "installing the build tools and building unicorn_backend"
-	@$(PIP) install -q "scikit-build-core>=0.10" "cmake>=3.24" ninja
-	@$(PIP) install -q --no-build-isolation -e .
+	@$(PIP) install -qq "scikit-build-core>=0.10" "cmake>=3.24" ninja
+	@$(PIP) install -qq --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.package
 	@echo "installing the test tools"
-	@$(PIP) install -q --no-build-isolation -e '.[dev]'
+	@$(PIP) install -qq --no-build-isolation -e '.[dev]'
 	@touch $@

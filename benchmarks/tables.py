@@ -68,7 +68,7 @@ def quality(result: dict[str, Any]) -> str:
         (
             f"`{row['recipe']}`",
             table.size(row["model_bytes"]),
-            f"{row['kl_mean']:.4f} ± {row['kl_mean_se']:.4f}",
+            f"{row['kl_mean']:.5f} ± {row['kl_mean_se']:.5f}",
             f"{row['top1']:.1%} ± {row['top1_se']:.1%}",
             f"{row['perplexity']:.2f}",
         )

@@ -53,7 +53,7 @@ def report(result: dict[str, Any]) -> str:
         ("read per token", *(table.size(sum(row["bytes_per_token"].values())) for row in (eager, ours)), ""),
         ("read, GB/s", f"{eager['gbps']:.1f}", f"{ours['gbps']:.1f}", ""),
         ("  of memory bandwidth", f"{eager['bandwidth_share']:.0%}", f"{ours['bandwidth_share']:.0%}", "(c)"),
-        ("KL divergence, nats", "", f"{kl:.4f}", f"± {quality['kl_mean_se']:.4f}"),
+        ("KL divergence, nats", "", f"{kl:.5f}", f"± {quality['kl_mean_se']:.5f}"),
         ("same top-1 token", "", f"{top1:.1%}", f"± {quality['top1_se']:.1%}"),
         ("perplexity", f"{quality['perplexity_reference']:.1f}", f"{quality['perplexity']:.1f}", ""),
     ]

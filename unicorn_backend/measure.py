@@ -21,6 +21,8 @@ from typing import Any
 
 import torch
 
+from unicorn_backend import assets
+
 BUG_SHARE = 1.05
 """Reading faster than 105 % of the measured bandwidth means that a measurement is wrong."""
 
@@ -89,14 +91,14 @@ def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
 def read_bandwidth(size_bytes: int = 1 << 30, passes: int = 5) -> float:
     """GB/s of reading memory in order on torch's threads: the best of some passes over `size_bytes`.
 
-    A plain sum over float32, on all threads. What is left out (page walks, prefetch warm-up) only lowers it,
-    so the best pass is the one to call the ceiling.
+    Anything that disturbs a pass only lowers it, so the best one is the one to call the ceiling.
     """
+    assets.load_native()
     data = torch.ones(size_bytes // 4)
     seconds = []
     for _ in range(passes):
         start = time.perf_counter()
-        data.sum()
+        torch.ops.unicorn.read_bytes(data)
         seconds.append(time.perf_counter() - start)
     return size_bytes / min(seconds) / 1e9
 
@@ -141,7 +143,7 @@ def last_level_cache_bytes() -> int:
 
 
 def provenance() -> dict[str, Any]:
-    """What a number depends on: machine, versions, commit, threads, date."""
+    """What a number depends on: machine and what else it does, versions, commit, threads, date."""
     info = _first_lines(Path("/proc/cpuinfo"))
     flags = set(info.get("flags", "").split())
     isa = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
@@ -152,6 +154,7 @@ def provenance() -> dict[str, Any]:
         "virtual_machine": "hypervisor" in flags,
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load_average": list(os.getloadavg()),
         "last_level_cache_bytes": last_level_cache_bytes(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "kernel": platform.release(),
