@@ -114,8 +114,9 @@ class Core:
         scale: float = 1.0,
         softcap: float = 0.0,
         threads: int = 2,
+        guard: bool = True,
     ) -> Callable[[], Tensor]:
-        """A call without arguments that computes fp32 [B, T, H, Dv]; it keeps its inputs and its output."""
+        """A call without arguments that computes fp32 [B, T, H, Dv] into the same tensor; guard: check the workspace."""
         (b, h, t, d), (hkv, s), dv = q.shape, k.shape[1:3], v.shape[3]
         args = Args(causal=causal, scale=scale, softcap=softcap, B=b, H=h, Hkv=hkv, T=t, S=s, D=d, Dv=dv)
         for name, x in (("q", q), ("k", k), ("v", v)):
@@ -134,7 +135,8 @@ class Core:
 
         def call() -> Tensor:
             self.library.core_run(ctypes.byref(args))
-            assert keep and bool((space[start + size :][:GUARD] == 255).all()), "written behind the workspace"
+            assert keep
+            assert not guard or bool((space[start + size :][:GUARD] == 255).all()), "written behind the workspace"
             return out
 
         return call
@@ -153,7 +155,7 @@ def decode(core: Core, name: str, length: int, threads: int, rounds: int) -> dic
     count = max(2, -(-(256 << 20) // size))
     caches = torch.randn(count, 2, 1, kv_heads, length, width, dtype=torch.bfloat16)
     q = torch.randn(1, heads, 1, width, dtype=torch.bfloat16)
-    calls = [core.prepare(q, k, v, scale=width**-0.5, threads=threads) for k, v in caches]
+    calls = [core.prepare(q, k, v, scale=width**-0.5, threads=threads, guard=False) for k, v in caches]
     buffer = torch.zeros(256 << 20, dtype=torch.uint8)
     times, probes = [], []
     for _ in range(rounds):
