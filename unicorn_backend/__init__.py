@@ -6,9 +6,14 @@
 
 Use: `model = torch.compile(model, backend="unicorn"); model.generate(...)`. No import of this
 package is needed for that; import it for `quantize`, `explain` and the errors.
+
+Names are imported when they are first used, because `import torch` itself imports this package (the
+`torch.backends` entry point, see `integration/autoload.py`) and must stay fast.
 """
 
-from unicorn_backend import ops as _ops  # noqa: F401  (defines the unicorn:: ops)
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from unicorn_backend.errors import (
     CheckpointError,
     NativeLibraryError,
@@ -17,15 +22,40 @@ from unicorn_backend.errors import (
     StrictModeError,
     UnicornError,
 )
-from unicorn_backend.explain import Explanation, explain
 from unicorn_backend.integration import autoload as _autoload
-from unicorn_backend.options import Options
-from unicorn_backend.quantize.recipe import Recipe, recipes
-from unicorn_backend.quantize.rewrite import quantization_report, quantize, restore
+
+if TYPE_CHECKING:
+    from unicorn_backend.explanation import Explanation, explain
+    from unicorn_backend.integration.hf_quantizer import UnicornConfig
+    from unicorn_backend.options import Options
+    from unicorn_backend.quantize.recipe import Recipe, recipes
+    from unicorn_backend.quantize.rewrite import quantization_report, quantize, restore
 
 _autoload.register()
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "Explanation": "explanation",
+    "Options": "options",
+    "Recipe": "quantize.recipe",
+    "UnicornConfig": "integration.hf_quantizer",
+    "explain": "explanation",
+    "quantization_report": "quantize.rewrite",
+    "recipes": "quantize.recipe",
+    "restore": "quantize.rewrite",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "quantize":  # a package that can be called, see there
+        return importlib.import_module("unicorn_backend.quantize")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'unicorn_backend' has no attribute {name!r}")
+    found = getattr(importlib.import_module(f"unicorn_backend.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found
+
 
 __all__ = [
     "CheckpointError",
@@ -36,6 +66,7 @@ __all__ = [
     "QuantizationError",
     "Recipe",
     "StrictModeError",
+    "UnicornConfig",
     "UnicornError",
     "explain",
     "quantization_report",
