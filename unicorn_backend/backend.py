@@ -67,7 +67,8 @@ def finish(normal: GraphModule, plan: Plan) -> Callable[..., Any]:
     takes Inductor 76-189 s on two cores, and the generated Python runs about 10 small torch ops per
     layer at 1-3 us each.
     """
-    return normal.forward
+    run: Callable[..., Any] = normal.forward
+    return run
 
 
 def reset() -> None:
@@ -97,7 +98,8 @@ def _pass_through(gm: GraphModule, options: Options, note: str, reasons: Sequenc
     plan.left += [Left(reason.what, reason.where, reason.text) for reason in reasons]
     log.warning("graph %d runs as plain torch: %s", plan.graph, note)
     _report(plan, options)
-    return gm.forward
+    run: Callable[..., Any] = gm.forward
+    return run
 
 
 def _report(plan: Plan, options: Options) -> None:

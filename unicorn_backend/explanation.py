@@ -98,7 +98,7 @@ def _table(steps: Iterable[Step]) -> list[str]:
         key = (step.kind, step.op, step.device, " ".join(dict.fromkeys(step.schemes)), f"{step.weight_bytes / 1e6:.3f}")
         folded[key] += 1
         first.setdefault(key, step.where)
-    rows = [("region", "op", "device", "scheme", "MB/call", "count", "first at")]
+    rows: list[tuple[str, ...]] = [("region", "op", "device", "scheme", "MB/call", "count", "first at")]
     rows += [(*key, str(number), first[key]) for key, number in folded.items()]
     return _align(rows)
 

@@ -87,7 +87,7 @@ def int8_qkv(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.py`. -> q [B, H, T, D], k and v [B, Hkv, T, D]."""
     h = _norm(x, norm_w, norm_eps, norm_offset)
-    biases = bias or [None] * 3
+    biases: list[Tensor | None] = [*bias] or [None] * 3
     out = []
     for weights, b, count, w in zip(
         (wq, wk, wv), biases, (heads, kv_heads, kv_heads), (q_norm_w, k_norm_w, None), strict=True
@@ -153,7 +153,8 @@ def int4_ffn(
 ) -> Tensor:
     """See `ops.py`. [..., K] -> [..., n]."""
     h = _norm(x, norm_w, norm_eps, norm_offset)
-    bg, bu, bd = bias or [None] * 3
+    biases: list[Tensor | None] = [*bias] or [None] * 3
+    bg, bu, bd = biases
     gate, up = (_linear(_as_input(h, w, x), w, b, f) for w, b in ((wg, bg), (wu, bu)))
     product = ACTIVATIONS[act](gate) * up
     return _finish(_linear(_as_input(product, wd, x), wd, bd, n), post_w, post_eps, post_offset, residual, x.dtype)

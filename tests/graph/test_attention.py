@@ -28,8 +28,18 @@ def rms(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
 class Block(nn.Module):
     """Attention with switches for what the models of the field vary."""
 
-    def __init__(self, *, qk_norm: str = "", rope: bool = True, fused: bool = False, eager: bool = False,
-                 softcap: float = 0.0, bias: bool = False, residual: bool = True, causal: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        *,
+        qk_norm: str = "",
+        rope: bool = True,
+        fused: bool = False,
+        eager: bool = False,
+        softcap: float = 0.0,
+        bias: bool = False,
+        residual: bool = True,
+        causal: bool = False,
+    ) -> None:
         super().__init__()
         self.qk_norm, self.rope, self.eager, self.softcap = qk_norm, rope, eager, softcap
         self.residual, self.causal = residual, causal

@@ -60,6 +60,7 @@ def find_attention(graph: Graph) -> Match:
     """Every attention of the graph (its output side), and a reason for each one left."""
     match = Match()
     for node in graph.nodes:
+        core: _Core | str | None
         if is_op(node, SDPA):
             core = _sdpa(node)
         elif is_op(node, aten.softmax.int, aten._softmax.default):

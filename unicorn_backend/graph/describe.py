@@ -76,7 +76,7 @@ def _where(weights: list[Node], names: dict[Node, str], node: Node) -> str:
     sources = [names.get(_source(w), "") for w in weights]
     paths = [path.rpartition(".")[0] for path in sources if path]
     if not paths:
-        return node.name
+        return str(node.name)
     split = [path.split(".") for path in paths]
     common = [keys[0] for keys in zip(*split, strict=False) if len(set(keys)) == 1]
     return ".".join(common) or paths[0]

@@ -102,7 +102,8 @@ def shape(node: Node) -> tuple[Any, ...]:
 def static(size: Any) -> int | None:
     """`size` if it is known at compile time (a SymInt may have been pinned to a number), else None."""
     if isinstance(size, torch.SymInt):
-        return size.node.maybe_as_int()
+        known: int | None = size.node.maybe_as_int()
+        return known
     return size if isinstance(size, int) and not isinstance(size, bool) else None
 
 

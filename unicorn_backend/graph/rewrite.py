@@ -84,7 +84,8 @@ def _is_no_op(node: Node) -> bool:
         copy = node.kwargs or any(arg is True for arg in node.args)
         return not copy and (before.dtype, before.device) == (after.dtype, after.device)
     if is_op(node, aten.slice.Tensor):
-        first, last, step = (*node.args[2:], *(None, None, 1)[max(len(node.args) - 2, 0) :])
+        given: tuple[Any, ...] = tuple(node.args[2:])
+        first, last, step = given + (None, None, 1)[len(given) :]
         return first in (0, None) and step == 1 and _is_end(last) and same_shape(node, node.args[0])
     return False
 

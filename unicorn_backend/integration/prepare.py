@@ -34,6 +34,12 @@ _plans: weakref.WeakKeyDictionary[nn.Module, list[Plan]] = weakref.WeakKeyDictio
 _notes: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
+def _current_roots() -> tuple[nn.Module, ...]:
+    """Modules of the compiled call that this thread is in."""
+    roots: tuple[nn.Module, ...] = getattr(_current, "roots", ())
+    return roots
+
+
 class Session:
     """One `torch.compile` context: its options, and the modules it was applied to."""
 
@@ -51,7 +57,7 @@ class Session:
 
     def enter(self) -> Callable[[], None]:
         """Enter hook of every compiled call; returns what undoes it."""
-        before = getattr(_current, "roots", ())
+        before = _current_roots()
         _current.roots = tuple(self._roots)
         for root in _current.roots:
             if root not in self._prepared and prepare(root, self.options):
@@ -112,7 +118,7 @@ def has_quantized(example_inputs: Sequence[Any]) -> bool:
 
 def reason_for_nothing() -> str:
     """Why the module that is being compiled was left alone, if that was decided before tracing."""
-    notes = [_notes[root] for root in getattr(_current, "roots", ()) if root in _notes]
+    notes = [_notes[root] for root in _current_roots() if root in _notes]
     return "; ".join(notes)
 
 
@@ -122,7 +128,7 @@ def quantize_owners(options: Options, regions: Sequence[Any], gm: GraphModule, e
     Does nothing where the module was known beforehand (its fate is decided), for recipe "none", and
     where no module owns the weights.
     """
-    if options.recipe == NONE or getattr(_current, "roots", ()):
+    if options.recipe == NONE or _current_roots():
         return
     by_node = dict(zip((n for n in gm.graph.nodes if n.op == "placeholder"), example_inputs, strict=True))
     weights = [by_node.get(w) for region in regions for linear in region.linears for w in linear.weights]
@@ -156,7 +162,7 @@ def _contains(outer: nn.Module, inner: nn.Module) -> bool:
 
 def remember_plan(plan: Plan) -> None:
     """Keep `plan` for `explain`, under every module that is being compiled."""
-    for root in getattr(_current, "roots", ()):
+    for root in _current_roots():
         _plans.setdefault(root, []).append(plan)
 
 

@@ -68,7 +68,7 @@ def _last_rows_fake(x: Tensor, count: int) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], torch.sym_min(x.shape[2], count), x.shape[3]))
 
 
-_KERNELS = {
+_KERNELS: dict[str, Any] = {
     "push_window_": _push_window,
     "window_cat": _window_cat,
     "set_window_": _set_window,
@@ -84,13 +84,13 @@ torch.library.register_fake("unicorn::last_rows", _last_rows_fake, lib=ops.LIBRA
 
 def install() -> bool:
     """Replace the methods, once, if transformers' caches are loaded and the self-test passes."""
-    caches = sys.modules.get("transformers.cache_utils")
-    masks = sys.modules.get("transformers.masking_utils")
+    caches: Any = sys.modules.get("transformers.cache_utils")
+    masks: Any = sys.modules.get("transformers.masking_utils")
     if caches is None or masks is None or getattr(caches, "_unicorn_installed", False):
         return False
     dynamic, static = caches.DynamicSlidingWindowLayer, caches.StaticSlidingWindowLayer
-    new_dynamic = type("_Dynamic", (dynamic,), _dynamic_methods())
-    new_static = type("_Static", (static,), _static_methods())
+    new_dynamic: Any = type("_Dynamic", (dynamic,), _dynamic_methods())
+    new_static: Any = type("_Static", (static,), _static_methods())
     same_dynamic = _agrees(lambda: dynamic(4), lambda: new_dynamic(4))
     if not (same_dynamic and _agrees(lambda: static(9, 4), lambda: new_static(9, 4))):
         log.warning(
