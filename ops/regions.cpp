@@ -8,6 +8,12 @@ namespace {
 
 int64_t tiles(int64_t n) { return (n + kRows - 1) / kRows; }
 
+// Multiply-adds below which one thread is faster: a team starts and joins in about 5 us, a core does 1e11 per second.
+constexpr int64_t kSerial = 500'000;
+
+int64_t work_of(const Rows& x, const Weight& w) { return x.rows * w.n * w.k; }
+int team_of(int threads, int64_t work) { return work < kSerial ? 1 : threads; }
+
 // One token is quantized by every thread for itself (`mine`): cheaper than a barrier. More are shared out.
 struct Input {
   Activations shared;
@@ -74,6 +80,7 @@ Buffers carve(Workspace& workspace, const Args&... args) {
 
 void run_linear(const Rows& x, const Norm& norm, const Weight& w, Array bias, const Post& post, Out out,
                 Workspace& workspace, int threads) {
+  threads = team_of(threads, work_of(x, w));
   const bool direct = rounds_only(post);
   const auto buffers = carve<LinearBuffers>(workspace, x, w.n, direct, threads);
   const Out target = direct ? out : Out{buffers.sum, DType::f32};
@@ -87,6 +94,7 @@ void run_linear(const Rows& x, const Norm& norm, const Weight& w, Array bias, co
 }
 
 void run_ffn(const FfnArgs& args, Workspace& workspace, int threads) {
+  threads = team_of(threads, 3 * work_of(args.x, args.gate));
   const bool direct = rounds_only(args.post);
   const auto buffers = carve<FfnBuffers>(workspace, args, threads);
   const Out target = direct ? args.out : Out{buffers.sum, DType::f32};
@@ -104,6 +112,7 @@ void run_ffn(const FfnArgs& args, Workspace& workspace, int threads) {
 }
 
 void run_qkv(const QkvArgs& args, Workspace& workspace, int threads) {
+  threads = team_of(threads, work_of(args.x, args.part[0].w) + 2 * work_of(args.x, args.part[1].w));
   const auto buffers = carve<QkvBuffers>(workspace, args, threads);
   int64_t first[4] = {0};  // the tiles of q, k and v one after another
   for (int i = 0; i < 3; ++i) first[i + 1] = first[i] + tiles(args.part[i].w.n);
