@@ -42,7 +42,6 @@ def test_import_torch_is_enough(installed: dict[str, str]) -> None:
 @pytest.mark.parametrize(
     "first",
     [
-        "import transformers, torch",
         "from transformers import AutoModelForCausalLM",
         "import transformers.quantizers.auto, transformers.modeling_utils",  # imports torch from inside the module
         "import unicorn_backend.integration.hf_quantizer",
@@ -54,8 +53,8 @@ def test_every_order_of_imports(first: str, installed: dict[str, str]) -> None:
 
 def test_switched_off_until_imported(installed: dict[str, str]) -> None:
     environment = {**installed, "TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}
-    assert run(f"import torch; {KNOWN}", environment) == "False"
-    assert run(f"import unicorn_backend; {KNOWN}", environment) == "True"
+    code = f"import torch, sys; print('unicorn_backend' in sys.modules); import unicorn_backend; {KNOWN}"
+    assert run(code, environment).split() == ["False", "True"]
 
 
 def test_registering_again_changes_nothing_and_is_quick() -> None:

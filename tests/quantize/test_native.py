@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Iterator
 
@@ -45,14 +46,23 @@ def _weights(shape: tuple[int, int]) -> Iterator[torch.Tensor]:
     yield torch.randint(-8, 9, shape) / 8.0  # ties
 
 
+@functools.cache
+def _expected(scheme: str, dtype: torch.dtype) -> list[tuple[torch.Tensor, tuple[torch.Tensor, ...]]]:
+    """Weights and what the reference (slow: once for all instruction sets) makes of them."""
+    cases = []
+    for shape in SHAPES:
+        for weight in _weights(shape):
+            w = weight.clamp(-6e4, 6e4).to(dtype) if dtype is torch.float16 else weight.to(dtype)
+            cases.append((w, REFERENCES[scheme](w)))
+    return cases
+
+
 @pytest.mark.parametrize("scheme", REFERENCES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_bits(isa: str, scheme: str, dtype: torch.dtype) -> None:
-    for shape in SHAPES:
-        for case, weight in enumerate(_weights(shape)):
-            w = weight.clamp(-6e4, 6e4).to(dtype) if dtype is torch.float16 else weight.to(dtype)
-            for got, want in zip(schemes.quantize_weight(w, scheme), REFERENCES[scheme](w), strict=True):
-                assert got.dtype == want.dtype and torch.equal(_bits(got), _bits(want)), (isa, shape, case)
+    for case, (w, wanted) in enumerate(_expected(scheme, dtype)):
+        for got, want in zip(schemes.quantize_weight(w, scheme), wanted, strict=True):
+            assert got.dtype == want.dtype and torch.equal(_bits(got), _bits(want)), (isa, w.shape, case)
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
