@@ -151,7 +151,8 @@ INLINE int64_t peak_dots(int64_t steps, const uint8_t* weights, const int8_t* ac
   constexpr int kChains = 8;
   const __m256i w = _mm256_and_si256(_mm256_loadu_si256((const __m256i*)weights), _mm256_set1_epi8(15));
   __m256i a = four(activations), sum[kChains];
-  for (__m256i& s : sum) s = _mm256_setzero_si256();
+#pragma GCC unroll 8
+  for (int c = 0; c < kChains; ++c) sum[c] = _mm256_setzero_si256();
   for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 8
     for (int c = 0; c < kChains; ++c) {

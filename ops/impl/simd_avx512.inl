@@ -108,7 +108,8 @@ INLINE int64_t peak_dots(int64_t steps, const uint8_t* weights, const int8_t* ac
   __builtin_memcpy(&four, activations, 4);
   const vi a = _mm512_set1_epi32(four);
   vi sum[kChains];
-  for (vi& s : sum) s = w;
+#pragma GCC unroll 12
+  for (int c = 0; c < kChains; ++c) sum[c] = w;
   for (int64_t i = 0; i < steps; ++i) {
 #pragma GCC unroll 12
     for (int c = 0; c < kChains; ++c) {
