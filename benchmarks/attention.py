@@ -116,7 +116,7 @@ class Core:
         threads: int = 2,
         guard: bool = True,
     ) -> Callable[[], Tensor]:
-        """A call without arguments that computes fp32 [B, T, H, Dv] into the same tensor; guard: check the workspace."""
+        """A call without arguments that computes fp32 [B, T, H, Dv] into one tensor; guard: check the workspace."""
         (b, h, t, d), (hkv, s), dv = q.shape, k.shape[1:3], v.shape[3]
         args = Args(causal=causal, scale=scale, softcap=softcap, B=b, H=h, Hkv=hkv, T=t, S=s, D=d, Dv=dv)
         for name, x in (("q", q), ("k", k), ("v", v)):
