@@ -67,7 +67,7 @@ def test_again_is_a_no_op(small: Small, recipe: str) -> None:
 
 def test_another_recipe_is_refused(small: Small) -> None:
     quantize(small)
-    with pytest.raises(QuantizationError, match=r"already quantized.*'q4'"):
+    with pytest.raises(OptionError, match=r"already quantized.*'q4'"):
         quantize(small, "q4")
     assert _schemes(small)["self_attn.q_proj"] == "w8c"
 

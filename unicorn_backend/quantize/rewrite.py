@@ -82,8 +82,8 @@ def quantize(
         to leave it float}, or a function (name, module) -> scheme, "float", or None for no opinion.
 
     With the recipe it already has, a quantized model stays as it is. Raises OptionError (unknown
-    recipe or scheme) and QuantizationError (NaN or Inf, meta tensors, or already quantized
-    differently); the model is unchanged then.
+    recipe or scheme, or already quantized differently) and QuantizationError (NaN or Inf, meta
+    tensors); the model is unchanged then.
     """
     chosen = resolve(model, recipe, rules)
     jobs, _ = plan(model, chosen)
@@ -250,13 +250,13 @@ def _embedding_first(group: list[tuple[str, nn.Module, nn.Parameter]]) -> list[t
 
 
 def _refuse_changes(model: nn.Module, recipe: Recipe) -> None:
-    """QuantizationError if a module is quantized otherwise than `recipe` says."""
+    """OptionError if a module is quantized otherwise than `recipe` says."""
     packed = [(name, m) for name, m in model.named_modules() if isinstance(m, (QuantLinear, QuantEmbedding))]
     wanted_by_table: dict[int, str] = {}
     for name, module in sorted(packed, key=lambda pair: isinstance(pair[1], nn.Linear)):  # the embedding decides
         wanted = wanted_by_table.setdefault(module.weight_packed.data_ptr(), recipe.scheme_for(name, module) or FLOAT)
         if wanted != module.scheme:
-            raise QuantizationError(
+            raise OptionError(
                 f"{name} is already quantized to {module.scheme}; recipe {recipe.name!r} wants {wanted}. "
                 "Load the float checkpoint (or restore() if the weights were kept) to change the recipe."
             )
