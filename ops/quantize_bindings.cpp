@@ -22,10 +22,14 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 FloatType float_type(const Tensor& w) {
   switch (w.scalar_type()) {
-    case at::kBFloat16: return FloatType::bf16;
-    case at::kHalf: return FloatType::f16;
-    case at::kFloat: return FloatType::f32;
-    default: TORCH_CHECK(false, "quantize: expected a bf16, fp16 or fp32 tensor, got ", w.scalar_type());
+    case at::kBFloat16:
+      return FloatType::bf16;
+    case at::kHalf:
+      return FloatType::f16;
+    case at::kFloat:
+      return FloatType::f32;
+    default:
+      TORCH_CHECK(false, "quantize: expected a bf16, fp16 or fp32 tensor, got ", w.scalar_type());
   }
 }
 

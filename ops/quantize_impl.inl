@@ -2,9 +2,9 @@
 // `Lanes` (the vector types), `lesser` and `greater` defined. Lanes are rows of a tile (w4g32) or
 // columns of a row (w8) and never meet, so every instruction set gives the bits of the plain-torch
 // reference. Anonymous namespace: the linker must not merge the copies.
-#include "quantize.h"
-
 #include <cstring>
+
+#include "quantize.h"
 
 // A fused multiply-add rounds once where the reference rounds twice.
 #pragma GCC optimize("fp-contract=off")
@@ -26,12 +26,16 @@ constexpr float kMagic = 0x1.8p23f;  // x + kMagic - kMagic = rint(x), half to e
 constexpr int32_t kMagicBits = 0x4B400000;
 constexpr int32_t kInfBits = 0x7F800000;
 
-template <class V> INLINE V load(const void* p) {
+template <class V>
+INLINE V load(const void* p) {
   V v;
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-template <class V> INLINE void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+template <class V>
+INLINE void store(void* p, V v) {
+  std::memcpy(p, &v, sizeof v);
+}
 
 INLINE VF splat(float x) { return VF{} + x; }
 INLINE VF clamp(VF x, float low, float high) { return lesser(greater(x, splat(low)), splat(high)); }
@@ -56,11 +60,14 @@ INLINE VU float_to_half(VF x) {
   return ((small & is_small) | (normal & ~is_small)) | sign;
 }
 
-template <FloatType> constexpr int kBytes = 2;
-template <> constexpr int kBytes<FloatType::f32> = 4;
+template <FloatType>
+constexpr int kBytes = 2;
+template <>
+constexpr int kBytes<FloatType::f32> = 4;
 
 // kLanes consecutive elements.
-template <FloatType T> INLINE VF load_row(const uint8_t* p) {
+template <FloatType T>
+INLINE VF load_row(const uint8_t* p) {
   if constexpr (T == FloatType::f32) {
     return load<VF>(p);
   } else {
@@ -77,7 +84,8 @@ struct GroupRows {
   alignas(64) uint8_t pad[kRows][kGroup * 4];
 };
 
-template <FloatType T> INLINE void find_group(const QuantizeArgs& a, int64_t i, int64_t g, GroupRows& out) {
+template <FloatType T>
+INLINE void find_group(const QuantizeArgs& a, int64_t i, int64_t g, GroupRows& out) {
   const int64_t left = a.k - g * kGroup, rows = a.n - i * kRows;
   const uint8_t* w = static_cast<const uint8_t*>(a.w) + i * kRows * a.row_bytes + g * kGroup * kBytes<T>;
   for (int r = 0; r < kRows; ++r) {
@@ -90,7 +98,8 @@ template <FloatType T> INLINE void find_group(const QuantizeArgs& a, int64_t i, 
 }
 
 // x[k] lane r = element k of row first + r.
-template <FloatType T> INLINE void load_transposed(const GroupRows& rows, int first, VF x[kGroup]) {
+template <FloatType T>
+INLINE void load_transposed(const GroupRows& rows, int first, VF x[kGroup]) {
   constexpr int kWords = kGroup * kBytes<T> / 4;
   alignas(64) uint32_t words[kWords][kLanes];
   for (int r = 0; r < kLanes; ++r)
@@ -139,7 +148,8 @@ INLINE VF searched_scale(const VF x[kGroup]) {
 }
 
 // Rows first .. first + kLanes - 1 of one tile.
-template <FloatType T> INLINE bool w4g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
+template <FloatType T>
+INLINE bool w4g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
   VF x[kGroup];
   load_transposed<T>(rows, first, x);
   VI top = magnitude(x[0]);
@@ -166,7 +176,8 @@ template <FloatType T> INLINE bool w4g32_rows(const GroupRows& rows, int first, 
   return good;
 }
 
-template <FloatType T> bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+template <FloatType T>
+bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
   const int64_t k32 = (a.k + kGroup - 1) / kGroup;
   bool good = true;
   GroupRows rows;
@@ -175,7 +186,8 @@ template <FloatType T> bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, in
       const int64_t t = i * k32 + g;
       find_group<T>(a, i, g, rows);
       uint16_t* scales = static_cast<uint16_t*>(a.scale) + t * kRows;
-      for (int first = 0; first < kRows; first += kLanes) good &= w4g32_rows<T>(rows, first, a.packed + t * 256, scales);
+      for (int first = 0; first < kRows; first += kLanes)
+        good &= w4g32_rows<T>(rows, first, a.packed + t * 256, scales);
     }
   return good;
 }
@@ -193,7 +205,8 @@ struct LaneRange {
   INLINE void add(VF x) { low = lesser(x, low), high = greater(x, high), top = greater(top, magnitude(x)); }
 };
 
-template <FloatType T> INLINE RowRange row_range(const uint8_t* row, int64_t k) {
+template <FloatType T>
+INLINE RowRange row_range(const uint8_t* row, int64_t k) {
   constexpr int64_t kStep = 4 * kLanes;  // four independent chains: one add waits for its predecessor
   LaneRange lanes[4];
   int64_t i = 0;
@@ -251,7 +264,8 @@ INLINE void w8_group(const GroupRows& rows, const RowScale* scales, uint8_t* til
   }
 }
 
-template <FloatType T, bool kAsymmetric> bool w8_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+template <FloatType T, bool kAsymmetric>
+bool w8_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
   const int64_t k32 = (a.k + kGroup - 1) / kGroup;
   bool good = true;
   GroupRows rows;
@@ -275,7 +289,8 @@ template <FloatType T, bool kAsymmetric> bool w8_tiles(const QuantizeArgs& a, in
   return good;
 }
 
-template <FloatType T> int64_t count_nonfinite_of(const uint8_t* w, int64_t count) {
+template <FloatType T>
+int64_t count_nonfinite_of(const uint8_t* w, int64_t count) {
   constexpr int64_t kBlock = 4096;  // elements between two looks at the maximum
   int64_t bad = 0;
   for (int64_t start = 0; start < count; start += kBlock) {
@@ -294,7 +309,8 @@ bool w4g32(const QuantizeArgs& a, int64_t begin, int64_t end) {
   return a.type == kF16 ? w4g32_tiles<kF16>(a, begin, end) : w4g32_tiles<kF32>(a, begin, end);
 }
 
-template <bool kAsymmetric> bool w8(const QuantizeArgs& a, int64_t begin, int64_t end) {
+template <bool kAsymmetric>
+bool w8(const QuantizeArgs& a, int64_t begin, int64_t end) {
   if (a.type == kBf16) return w8_tiles<kBf16, kAsymmetric>(a, begin, end);
   return a.type == kF16 ? w8_tiles<kF16, kAsymmetric>(a, begin, end) : w8_tiles<kF32, kAsymmetric>(a, begin, end);
 }

@@ -136,10 +136,12 @@ def quantize_owners(options: Options, regions: Sequence[Any], gm: GraphModule, e
     root = _owner(floats)
     if root is None or root in _notes or not prepare(root, options) or root in _notes:
         return
-    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis
 
-    # The one restart that Dynamo lets a backend ask for; the graph in hand refers to weights that are gone.
-    raise TensorifyScalarRestartAnalysis(restart_reason="unicorn quantized the model in place")
+    # Dynamo lets the first kind through from a backend; the second makes it forget what it speculated while
+    # tracing modules that are other modules now.
+    restart = type("QuantizedInPlace", (TensorifyScalarRestartAnalysis, UnspecializeRestartAnalysis), {})
+    raise restart(restart_reason="unicorn quantized the model in place")
 
 
 def _owner(parameters: Sequence[nn.Parameter]) -> nn.Module | None:
