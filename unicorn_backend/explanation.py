@@ -106,7 +106,8 @@ def _table(steps: Iterable[Step]) -> list[str]:
 def _left(plan: Plan) -> list[str]:
     lines = []
     if plan.torch_ops:
-        common = ", ".join(f"{name.removeprefix('aten.')} x{number}" for name, number in plan.torch_ops.most_common(12))
+        most = Counter(plan.torch_ops).most_common(12)
+        common = ", ".join(f"{name.removeprefix('aten.')} x{number}" for name, number in most)
         lines.append(f"  plain torch: {common}")
     folded: Counter[tuple[str, str]] = Counter((left.kind, left.reason) for left in plan.left)
     first: dict[tuple[str, str], Left] = {}

@@ -110,7 +110,8 @@ def weight_bytes(model: Any) -> int:
     """
     model = getattr(model, "_orig_mod", model)
     read = _storages(model.get_decoder()) | _storages(model.get_output_embeddings())
-    table = _storages(model.get_input_embeddings())
+    embedding = model.get_input_embeddings()  # beside its table it may hold a scalar, which is read
+    table = {at: size for at, size in _storages(embedding).items() if size >= embedding.num_embeddings}
     if not table.keys() & _storages(model.get_output_embeddings()).keys():
         read = {pointer: size for pointer, size in read.items() if pointer not in table}
     return sum(read.values())

@@ -39,7 +39,7 @@ class Plan:
     tokens: str  # tokens per call: a number, or "dynamic"
     steps: list[Step] = field(default_factory=list)
     left: list[Left] = field(default_factory=list)
-    torch_ops: Counter[str] = field(default_factory=Counter)  # plain torch ops that remain, by name
+    torch_ops: dict[str, int] = field(default_factory=dict)  # plain torch ops that remain, by name
     note: str = ""  # why nothing was taken, if so
 
     @property

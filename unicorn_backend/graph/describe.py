@@ -32,7 +32,8 @@ def describe(gm: GraphModule, names: dict[Node, str], reasons: Iterable[Reason],
         if node.target in OPS:
             plan.steps.append(_step(node, names))
         elif isinstance(node.target, torch._ops.OpOverload):
-            plan.torch_ops[str(node.target)] += 1
+            name = str(node.target)
+            plan.torch_ops[name] = plan.torch_ops.get(name, 0) + 1
             if is_op(node, aten.linear.default):
                 plan.left.append(Left("linear", _where(_weights_of(node), names, node), "float weight: not quantized"))
     plan.left += [Left(reason.what, reason.where, reason.text) for reason in reasons]

@@ -151,7 +151,7 @@ def _owner(parameters: Sequence[nn.Parameter]) -> nn.Module | None:
     wanted = {id(p) for p in parameters}
     best: nn.Module | None = None
     for thing in gc.get_objects():
-        if not isinstance(thing, nn.Module):
+        if not issubclass(type(thing), nn.Module):  # isinstance would follow weak proxies, some of them dead
             continue
         if wanted <= {id(p) for p in thing.parameters()} and (best is None or _contains(thing, best)):
             best = thing
