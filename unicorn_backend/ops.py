@@ -23,7 +23,9 @@ Shape letters: `B` batch, `T` query tokens, `S` key tokens, `H`/`Hkv` heads, `D`
 
 **Activations** that meet a quantized weight are quantized per token in groups of 32 along K
 (`a8g32`): `scale = amax / 127` (fp32), `q = rint(x * (127 / amax))` in int8, round half to even,
-a group whose amax is below 1e-36 (so that `127 / amax` stays finite) -> `q = 0, scale = 0`. The sum over k inside a group is an exact int32; the groups are
+a group whose amax is
+below 1e-36 (so that `127 / amax` stays finite) -> `q = 0, scale = 0`. The sum over k inside a group is an
+exact int32; the groups are
 added in fp32 in ascending order with one fused multiply-add each, so every ISA, thread count
 and token count M gives the same bits:
 `acc = fma(float(isum[g]) * a_scale[g], w_scale[g], acc)` for `w4g32`, and
