@@ -42,7 +42,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text
 
 @app.command()
 def demo(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the speed comparison.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of the speed comparison.")] = 3,
     as_json: AsJson = False,
 ) -> None:
     """Quantize the embedded model, generate with it, and show size, speed and fidelity.

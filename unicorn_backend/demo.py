@@ -17,7 +17,7 @@ PROMPT = "The film is a"
 QUALITY_TOKENS = 8192
 
 
-def demo(rounds: int = 7, new_tokens: int = 96) -> dict[str, Any]:
+def demo(rounds: int = 3, new_tokens: int = 64) -> dict[str, Any]:
     """Quantize, compile, generate, compare, measure. Prints nothing; `report` shows what it returns."""
     original, tokenizer = models.load(), models.load_tokenizer()
     model = copy.deepcopy(original)
