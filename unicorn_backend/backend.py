@@ -18,6 +18,7 @@ from unicorn_backend import assets
 from unicorn_backend.errors import StrictModeError
 from unicorn_backend.graph.capture import normalise
 from unicorn_backend.graph.describe import describe, parameter_names
+from unicorn_backend.graph.lower import lower
 from unicorn_backend.graph.pattern import Reason
 from unicorn_backend.graph.rewrite import rewrite
 from unicorn_backend.integration import prepare, torch_hooks
@@ -61,11 +62,15 @@ def unicorn(
 
 
 def finish(normal: GraphModule, plan: Plan) -> Callable[..., Any]:
-    """The callable that Dynamo will run for `plan`: the graph's own generated Python.
+    """The callable that Dynamo will run for `plan`: a native program, or the graph's own generated Python.
 
     Why not Inductor for what is left beside our ops: it needed 76-189 s for one decode graph of a stock
     26-layer model on two cores, and what is left is about 8 small torch ops per layer at 1-3 us each.
     """
+    lowered = lower(normal)
+    if not isinstance(lowered, str):
+        return lowered
+    log.info("graph %d runs as generated Python: %s", plan.graph, lowered)
     run: Callable[..., Any] = normal.forward
     return run
 
