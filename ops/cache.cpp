@@ -70,7 +70,8 @@ Tensor show(const std::shared_ptr<Buffer>& buffer, const Shape& shape, int64_t f
   const int64_t bytes = (shape.lanes() * buffer->capacity - first) * shape.row_bytes;
   c10::DataPtr memory(start, new View{buffer, first}, &drop_view, at::kCPU);
   const c10::Storage storage(c10::Storage::use_byte_size_t(), bytes, std::move(memory), nullptr, false);
-  const int64_t head = buffer->capacity * shape.width;
+  // One head of one sequence is dense: then its strides follow from its shape, and are nothing to guard on.
+  const int64_t head = (shape.lanes() == 1 ? count : buffer->capacity) * shape.width;
   return at::empty({0}, options)
       .set_(storage, 0, {shape.batch, shape.heads, count, shape.width}, {shape.heads * head, head, shape.width, 1});
 }
