@@ -45,9 +45,13 @@ def install() -> None:
 
 def options_of(context: Any) -> Options | None:
     """The options that `torch.compile` was called with, or None if its backend is not ours."""
+    return options_of_callback(getattr(context, "callback", None))
+
+
+def options_of_callback(callback: Any) -> Options | None:
+    """The same for the compiler function that Dynamo was given."""
     from unicorn_backend.backend import unicorn
 
-    callback = getattr(context, "callback", None)
     backend = innermost_backend(callback) if callable(callback) else None
     kwargs = getattr(backend, "kwargs", {})
     if getattr(backend, "compiler_fn", backend) is not unicorn:
