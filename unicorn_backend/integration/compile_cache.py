@@ -86,10 +86,8 @@ _state = threading.local()
 class _Recording:
     """What a compile leaves for `_store`."""
 
+    code: types.CodeType
     graphs: list[tuple[GraphModule, Plan]] = field(default_factory=list)
-    guards: list[Any] = field(default_factory=list)
-    output: Any = None
-    shape_parts: Any = None
     entry: dict[str, Any] | str = "no guards were built"
 
 
@@ -131,14 +129,16 @@ def install(options_of: Callable[[Any], Options | None], finish: Finish) -> None
         if options is None or not options.cache:
             return plain(*args, **kwargs)
         folder = open_folder()
+        if folder is None:
+            return plain(*args, **kwargs)
         frame = _frame(call, options)
-        if folder is None or isinstance(frame, str):
-            _note(f"not cached: {frame}" if folder is not None else "no cache folder")
+        if isinstance(frame, str):
+            _note(f"not cached: {frame}")
             return plain(*args, **kwargs)
         loaded = _load(folder, frame, finish)
         if loaded is not None:
             return loaded
-        with _record() as recording:
+        with _record(frame.code) as recording:
             result = plain(*args, **kwargs)
         _store(folder, frame, recording, result)
         return result
@@ -158,26 +158,28 @@ def graph_made(gm: GraphModule, plan: Plan) -> None:
 class _RecordingManager(guards.CheckFunctionManager):
     """Dynamo's guard manager; where a compile is being recorded it hands over its guards."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        if getattr(_state, "recording", None) is not None:
+    def __init__(self, f_code: types.CodeType, *args: Any, **kwargs: Any) -> None:
+        recording: _Recording | None = getattr(_state, "recording", None)
+        self._recording = recording if recording is not None and recording.code is f_code else None
+        if self._recording is not None:
             kwargs["save_guards"] = True  # it calls `serialize_guards` then
-        super().__init__(*args, **kwargs)
+        super().__init__(f_code, *args, **kwargs)
 
     def serialize_guards(self, builder: Any, sorted_guards: list[Any], output_graph: Any) -> bytes:
-        recording: _Recording | None = getattr(_state, "recording", None)
-        if recording is None:
-            return super().serialize_guards(builder, sorted_guards, output_graph)
+        if self._recording is None:
+            plain: bytes = super().serialize_guards(builder, sorted_guards, output_graph)
+            return plain
         try:
-            recording.entry = _entry(sorted_guards, output_graph, self.shape_code_parts)
+            self._recording.entry = _entry(sorted_guards, output_graph, self.shape_code_parts)
         except _MISFIT as error:
-            recording.entry = f"{type(error).__name__}: {error}"
+            self._recording.entry = f"{type(error).__name__}: {error}"
         return b""
 
 
 @contextlib.contextmanager
-def _record() -> Iterator[_Recording]:
+def _record(code: types.CodeType) -> Iterator[_Recording]:
     before = getattr(_state, "recording", None)
-    _state.recording = recording = _Recording()
+    _state.recording = recording = _Recording(code)
     try:
         yield recording
     finally:
@@ -198,6 +200,8 @@ def _frame(call: dict[str, Any], options: Options) -> _Frame | str:
         return "guards are filtered"
     if _modes_active():
         return "a torch function, dispatch or functorch mode is active"
+    if convert_frame._bytecode_hooks:
+        return "a hook on Dynamo's bytecode is registered"
     if exceeds_recompile_limit(call["cache_size"], call["compile_id"])[0]:
         return "the recompile limit is reached"
     try:
@@ -205,9 +209,9 @@ def _frame(call: dict[str, Any], options: Options) -> _Frame | str:
         structures = [_structure(root, describer) for root in roots]
         parts = [
             repr((FORMAT, sys.version, platform.machine(), torch.__version__, torch.version.git_version)),
-            repr((_version("transformers"), _package_digest(), torch.get_num_threads() > 0)),
+            repr((_version("transformers"), _package_digest())),
             repr((options, call["one_graph"], _state_facts())),
-            describer.digest(_settings()),
+            describer.digest([_settings(), torch.Tensor, nn.Parameter]),
             describer.digest(call["code"]),
             *structures,
         ]
@@ -276,9 +280,7 @@ def _package_digest() -> str:
     return digest.hexdigest()
 
 
-_HOOKS = tuple(
-    name for name in vars(nn.Module()) if name.endswith(("_hooks", "_pre_hooks")) and "state_dict" not in name
-)
+_HOOKS = tuple(name for name in vars(nn.Module()) if name.endswith("_hooks") and "state_dict" not in name)
 
 # Set by torch, transformers or this package on instances, and not read by a forward; what is read is guarded as well.
 _NOT_STRUCTURE = frozenset(
@@ -291,17 +293,24 @@ def _structure(root: nn.Module, describer: Describer) -> str:
     shared = nn.modules.module
     if any(getattr(shared, name) for name in vars(shared) if name.startswith("_global") and name.endswith("hooks")):
         raise NotPortable("global module hooks are registered")
-    lines = []
+    lines: list[str] = []
+    first: dict[int, int] = {}  # what is shared: the number of an object at its first place
     for path, module in root.named_modules(remove_duplicate=False):
-        lines.append(
-            f"{path} {describer.digest(type(module))} {_tensors(module)} {_attributes(path, module, describer)}"
-        )
+        shared_as = [first.setdefault(id(o), len(first)) for o in (module, *_own_tensors(module).values())]
+        facts = (describer.digest(type(module)), _tensors(module), _attributes(path, module, describer))
+        lines.append(f"{path} {shared_as} {facts}")
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
+def _own_tensors(module: nn.Module) -> dict[str, Any]:
+    return {**module._parameters, **module._buffers}
+
+
 def _tensors(module: nn.Module) -> list[Any]:
-    both = [*module._parameters.items(), *module._buffers.items()]
-    return [(name, t if t is None else (*tensor_facts(t), tuple(t.shape), t.stride())) for name, t in both]
+    return [
+        (name, t if t is None else (*tensor_facts(t), tuple(t.shape), t.stride()))
+        for name, t in _own_tensors(module).items()
+    ]
 
 
 def _attributes(path: str, module: nn.Module, describer: Describer) -> str:
@@ -335,12 +344,13 @@ def _traced(codes: set[types.CodeType]) -> dict[tuple[str, str], str]:
     Raises NotPortable for a function that its name does not lead to (made by exec, or swapped in by hand and gone
     by its own name); functions of torch and of Python are covered by their versions where that is so.
     """
-    by_file = {getattr(m, "__file__", None): m for m in list(sys.modules.values()) if isinstance(m, types.ModuleType)}
+    modules = [m for n, m in list(sys.modules.items()) if isinstance(m, types.ModuleType) and n != "__main__"]
+    by_file = {getattr(module, "__file__", None): module for module in modules}
     names: set[tuple[str, str]] = set()
     for code in codes:
         module = by_file.get(code.co_filename)
-        if module is None or module.__name__ == "__main__" or not _leads_to(module, code):
-            if _is_fixed(code.co_filename):
+        if module is None or not _leads_to(module, code):
+            if _is_fixed(code):
                 continue
             raise NotPortable(f"the traced function {_qualname(code)} is not found in a module by its name")
         names.add((module.__name__, _qualname(code).split(".<locals>")[0]))
@@ -365,11 +375,14 @@ def _qualname(code: types.CodeType) -> str:
     return str(getattr(code, "co_qualname", code.co_name))
 
 
-def _is_fixed(filename: str) -> bool:
-    """Files that change only with the version of Python or torch."""
-    return filename.startswith(("<", str(Path(torch.__file__).parent), os.path.dirname(os.__file__))) and (
-        "site-packages" not in filename or filename.startswith(str(Path(torch.__file__).parent))
-    )
+def _is_fixed(code: types.CodeType) -> bool:
+    """True for code that changes only with the version of Python or torch, and what dataclasses generate."""
+    name = code.co_filename
+    if name.startswith("<"):
+        return name.startswith("<frozen ") or _qualname(code).startswith("__create_fn__")
+    if name.startswith(f"{Path(torch.__file__).parent}{os.sep}"):
+        return True
+    return name.startswith(f"{Path(os.__file__).parent}{os.sep}") and "site-packages" not in name
 
 
 def _leads_to(module: types.ModuleType, code: types.CodeType) -> bool:
@@ -411,13 +424,18 @@ def _filled(cell: types.CellType) -> bool:
 
 
 def _used_globals(module: types.ModuleType, code: types.CodeType) -> set[str]:
-    """Names in the module that `code` mentions, one level into modules (`functional.gelu`)."""
+    """Names in the module that `code` mentions, and of those that are modules, what it mentions of them."""
     mentioned = _names(code)
-    used = {name for name in mentioned if name in vars(module)}
-    for name in list(used):
-        inner = vars(module)[name]
-        if isinstance(inner, types.ModuleType) and inner.__name__ != "torch":
-            used |= {f"{name}.{attribute}" for attribute in mentioned if attribute in vars(inner)}
+    used: set[str] = set()
+    queue, seen = [(module, "")], {id(module)}
+    while queue:
+        inside, prefix = queue.pop()
+        for name in mentioned & vars(inside).keys():
+            value = vars(inside)[name]
+            used.add(prefix + name)
+            if isinstance(value, types.ModuleType) and id(value) not in seen:
+                seen.add(id(value))
+                queue.append((value, f"{prefix}{name}."))
     return used
 
 
@@ -435,7 +453,7 @@ _GLOBAL = frozenset(
     "AUTOGRAD_SAVED_TENSORS_HOOKS DUAL_LEVEL FUNCTORCH_STACK_MATCH SHAPE_ENV".split()
 )
 # identity of these is found again by their name or contents; of any other object it is not
-_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType, types.MethodType)
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType)
 
 
 def _expected(kind: str, extra: dict[str, Any], value: Any, other: Any, sizes: Any, describer: Describer) -> Any:
@@ -467,7 +485,10 @@ def _expected(kind: str, extra: dict[str, Any], value: Any, other: Any, sizes: A
         return (describer.digest(type(value)), len(value))
     if kind in ("DICT_KEYS_MATCH", "MAPPING_KEYS_CHECK"):
         keys = list(dict.keys(value) if isinstance(value, dict) else value.keys())
-        return (describer.digest(type(value)), describer.digest(keys))
+        exact = describer.exact(keys)
+        if exact is None:
+            raise NotPortable(f"a {kind} guard on keys of type {describer.opaque[-1]}")
+        return (describer.digest(type(value)), exact)
     if kind == "DUPLICATE_INPUT":
         return _must(value is other, kind)
     raise NotPortable(f"guards of kind {kind} are not known to the cache")

@@ -35,6 +35,12 @@ _CODE = (
     "co_name"
 ).split()
 
+# What a user asks of a tensor's sizes (mark_dynamic and the like); torch sets other such attributes as it traces.
+_MARKS = frozenset(
+    "_dynamo_dynamic_indices _dynamo_weak_dynamic_indices _dynamo_unbacked_indices _dynamo_strict_unbacked_indices "
+    "_dynamo_static_indices _dynamo_dynamic_range _dynamo_hint_overrides _dynamo_shape_ids".split()
+)
+
 # What Python and its libraries write into classes and functions as they are used, or that cannot change a trace.
 _IGNORED = frozenset(
     "__dict__ __weakref__ __doc__ __module__ __annotations__ __annotate__ __annotate_func__ __annotations_cache__ "
@@ -68,7 +74,7 @@ class Describer:
         if id(value) in self._done:
             return self._done[id(value)]
         self._keep.append(value)
-        self._done[id(value)] = f"inside {kind.__name__}"  # a cycle ends here
+        self._done[id(value)] = f"inside {kind.__name__} {getattr(value, '__qualname__', '')}"  # a cycle ends here
         parts = self._parts(value, depth + 1)
         self._done[id(value)] = result = hashlib.sha256("\n".join(parts).encode()).hexdigest()
         return result
@@ -157,10 +163,7 @@ class Describer:
 
 def tensor_facts(value: torch.Tensor) -> tuple[Any, ...]:
     """What guards and traces may depend on, apart from sizes, strides and values."""
-    marks = tuple(
-        sorted(map(str, getattr(value, name, None) or ()))
-        for name in ("_dynamo_dynamic_indices", "_dynamo_unbacked_indices", "_dynamo_static_indices")
-    )
+    marks = [f"{name} {mark}" for name, mark in sorted(vars(value).items()) if name in _MARKS]
     return (
         f"{type(value).__module__}.{type(value).__qualname__}",
         str(value.dtype),
@@ -169,5 +172,5 @@ def tensor_facts(value: torch.Tensor) -> tuple[Any, ...]:
         value.requires_grad,
         value.ndim,
         torch._C._dispatch_keys(value).raw_repr(),
-        marks,
+        tuple(marks),
     )
