@@ -848,11 +848,14 @@ def _trim(folder: Path) -> None:
     for path in folder.iterdir():
         with contextlib.suppress(OSError):
             facts.append((path.stat().st_mtime, path.stat().st_size, path))
-    total = 0
-    for i, (modified, size, path) in enumerate(sorted(facts, key=lambda fact: -fact[0])):
-        total += size
-        stale = path.suffix == ".tmp" and modified < time.time() - 3600
-        if stale or i >= MAX_FILES or total > MAX_BYTES:
+    kept = total = 0
+    for modified, size, path in sorted(facts, key=lambda fact: -fact[0]):
+        if path.suffix == ".tmp":
+            forget = modified < time.time() - 3600
+        else:
+            kept, total = kept + 1, total + size
+            forget = kept > MAX_FILES or total > MAX_BYTES
+        if forget:
             with contextlib.suppress(OSError):
                 path.unlink()
 
