@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import hashlib
 import importlib
 import inspect
@@ -126,26 +127,44 @@ def install(options_of: Callable[[Any], Options | None], finish: Finish) -> None
     def _compile(*args: Any, **kwargs: Any) -> Any:
         call = signature.bind(*args, **kwargs).arguments
         options = options_of(call["compiler_fn"])
-        if options is None or not options.cache:
+        if options is None:
             return plain(*args, **kwargs)
-        folder = open_folder()
-        if folder is None:
-            return plain(*args, **kwargs)
-        frame = _frame(call, options)
-        if isinstance(frame, str):
-            _note(f"not cached: {frame}")
-            return plain(*args, **kwargs)
-        loaded = _load(folder, frame, finish)
-        if loaded is not None:
-            return loaded
-        with _record(frame.code) as recording:
-            result = plain(*args, **kwargs)
-        _store(folder, frame, recording, result)
-        return result
+        with _no_collection():
+            return _cached(call, options, finish, lambda: plain(*args, **kwargs))
 
     _compile._unicorn = True  # type: ignore[attr-defined]
     convert_frame._compile = _compile
     setattr(convert_frame, "CheckFunctionManager", _RecordingManager)  # noqa: B010  (not exported by that module)
+
+
+def _cached(call: dict[str, Any], options: Options, finish: Finish, compile_frame: Callable[[], Any]) -> Any:
+    """The stored compile of this frame, or a new one, stored."""
+    folder = open_folder() if options.cache else None
+    if folder is None:
+        return compile_frame()
+    frame = _frame(call, options)
+    if isinstance(frame, str):
+        _note(f"not cached: {frame}")
+        return compile_frame()
+    loaded = _load(folder, frame, finish)
+    if loaded is not None:
+        return loaded
+    with _record(frame.code) as recording:
+        result = compile_frame()
+    _store(folder, frame, recording, result)
+    return result
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """A trace makes millions of objects that live until its end; looking for garbage among them is 6 % of it."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def graph_made(gm: GraphModule, plan: Plan) -> None:
