@@ -111,6 +111,46 @@ def patched_function() -> Iterator[Callable[[], Any]]:
 
 
 @contextlib.contextmanager
+def patched_torch() -> Iterator[Callable[[], Any]]:
+    functional = torch.nn.functional
+    plain = functional.scaled_dot_product_attention
+
+    def negative(*args: Any, **kwargs: Any) -> Any:
+        return -plain(*args, **kwargs)
+
+    with replaced(functional, "scaled_dot_product_attention", negative):
+        yield make
+
+
+@contextlib.contextmanager
+def patched_call() -> Iterator[Callable[[], Any]]:
+    """`__call__` of a class whose `forward` stays."""
+    mlp = _gemma().Gemma3MLP
+    mlp.__call__ = _plus(torch.nn.Module._call_impl, 1.0)
+    try:
+        yield make
+    finally:
+        del mlp.__call__
+
+
+@contextlib.contextmanager
+def registered_attention() -> Iterator[Callable[[], Any]]:
+    """Another function under the name that the config gives."""
+    registry = _gemma().ALL_ATTENTION_FUNCTIONS
+    plain = registry["sdpa"]
+
+    def negative(*args: Any, **kwargs: Any) -> Any:
+        out, weights = plain(*args, **kwargs)
+        return -out, weights
+
+    registry["sdpa"] = negative
+    try:
+        yield make
+    finally:
+        del registry._local_mapping["sdpa"]
+
+
+@contextlib.contextmanager
 def forward_hook() -> Iterator[Callable[[], Any]]:
     def hooked() -> Any:
         model = make()
@@ -180,6 +220,9 @@ CASES: dict[str, Callable[[], Any]] = {
     "patched default": patched_default,
     "other closure": lambda: patched_method(3.0),
     "other default": lambda: patched_default(3.0),
+    "patched torch": patched_torch,
+    "patched call": patched_call,
+    "registered attention": registered_attention,
     "forward hook": forward_hook,
     "global hook": global_hook,
     "instance override": instance_override,

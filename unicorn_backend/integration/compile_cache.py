@@ -363,7 +363,7 @@ def _traced(codes: set[types.CodeType]) -> dict[tuple[str, str], str]:
     Raises NotPortable for a function that its name does not lead to (made by exec, or swapped in by hand and gone
     by its own name); functions of torch and of Python are covered by their versions where that is so.
     """
-    modules = [m for n, m in list(sys.modules.items()) if isinstance(m, types.ModuleType) and n != "__main__"]
+    modules = [module for module in list(sys.modules.values()) if isinstance(module, types.ModuleType)]
     by_file = {getattr(module, "__file__", None): module for module in modules}
     names: set[tuple[str, str]] = set()
     for code in codes:
