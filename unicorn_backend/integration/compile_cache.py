@@ -25,24 +25,26 @@ import gc
 import hashlib
 import importlib
 import inspect
+import itertools
 import logging
 import os
 import pickle
 import platform
+import re
 import stat
 import sys
 import tempfile
 import threading
 import time
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from torch._dynamo import convert_frame, guards
+from torch._dynamo import bytecode_transformation, convert_frame, guards
 from torch._dynamo.cache_size import exceeds_recompile_limit
 from torch._guards import Source
 from torch.fx import GraphModule
@@ -377,7 +379,7 @@ def _traced(codes: set[types.CodeType]) -> dict[tuple[str, str], str]:
     return _resolve(names)
 
 
-def _resolve(names: set[tuple[str, str]]) -> dict[tuple[str, str], str]:
+def _resolve(names: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
     describer = Describer()
     return {name: describer.digest(_by_name(importlib.import_module(name[0]), name[1])) for name in sorted(names)}
 
@@ -547,6 +549,7 @@ def _entry(sorted_guards: Sequence[Any], output: Any, shape_parts: Any) -> dict[
         raise NotPortable("shape guards are compiled code")
     sizes = {source: _concrete(sizes) for source, sizes in output.input_source_to_sizes_strides.items()}
     described = [_describe_guard(guard) for guard in sorted_guards]
+    described.sort(key=lambda guard: guard[0].name.startswith("L['self']"))  # what tells prefill from decode first
     values = _Values(output.local_scope, output.global_scope)
     describer = Describer()
     return {
@@ -676,7 +679,7 @@ def _revive(entry: dict[str, Any], frame: _Frame, finish: Finish) -> Any:
         manager = _build_guards(entry, frame)
         if not manager.check(frame.locals):
             return f"the rebuilt guards do not hold: {_failed_guard(manager, frame)}"
-        guarded = _guarded_code(entry, frame, manager, placed, finish)
+        guarded = _guarded_code(entry, frame, manager, finish)
         kept = True
         return guarded
     finally:
@@ -703,7 +706,15 @@ def _place_globals(wanted: dict[str, tuple[str, ...]], scope: dict[str, Any]) ->
         values[name] = value
     new = [name for name in values if name not in scope]
     scope.update(values)
+    _skip_numbers(values)
     return new
+
+
+def _skip_numbers(names: Iterable[str]) -> None:
+    """Dynamo numbers its globals per process and insists that a name is new: go on behind the other process's."""
+    numbers = [int(found[1]) for name in names if (found := re.fullmatch(r"__\w+?_(\d+)", name))]
+    following = max(next(bytecode_transformation._unique_id_counter), *numbers, 0) + 1
+    bytecode_transformation._unique_id_counter = itertools.count(following)
 
 
 def _build_guards(entry: dict[str, Any], frame: _Frame) -> Any:
@@ -746,7 +757,7 @@ def _create_fn(kind: str, extra: dict[str, Any]) -> Any:
     return functools.partial(create, **extra) if extra else create
 
 
-def _guarded_code(entry: dict[str, Any], frame: _Frame, manager: Any, placed: list[str], finish: Finish) -> Any:
+def _guarded_code(entry: dict[str, Any], frame: _Frame, manager: Any, finish: Finish) -> Any:
     from torch._dynamo.types import GuardedCode, wrap_guarded_code
     from torch._dynamo.utils import CleanupHook, CleanupManager, orig_code_map
 
@@ -756,10 +767,9 @@ def _guarded_code(entry: dict[str, Any], frame: _Frame, manager: Any, placed: li
     frame.globals[name] = torch._dynamo.disable(run, reason="do not trace Dynamo-compiled graph")
     orig_code_map[code] = frame.code
     convert_frame.output_codes.add(code)
-    imported = [name for name, what in entry["globals"].items() if name.startswith("__import_")]
-    hooks = [CleanupHook(frame.globals, name) for name in placed if name not in imported]
-    CleanupManager.count += len(hooks)
-    CleanupManager.instance[code] = hooks
+    # The graph goes with its code; the rest is modules and the like, which other loaded graphs may use too.
+    CleanupManager.count += 1
+    CleanupManager.instance[code] = [CleanupHook(frame.globals, name)]
     title = f"Torch-Compiled Region: {frame.compile_id}"
     return wrap_guarded_code(GuardedCode(code, manager, frame.compile_id, title))
 
