@@ -8,6 +8,7 @@ everything as it was, it must load. Recipe "none", so that eager is the referenc
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import shutil
@@ -26,11 +27,18 @@ ROOT = Path(__file__).parents[1]
 NEW = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
 
 
+@functools.cache
+def weights() -> dict[str, torch.Tensor]:
+    from unicorn_backend.models import load
+
+    return {name: tensor.clone() for name, tensor in load().state_dict().items()}
+
+
 def make(**changes: Any) -> Any:
     """The embedded model cut to two layers, one sliding (window 128) and one full."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from unicorn_backend.models import TINY, load
+    from unicorn_backend.models import TINY
 
     dtype = changes.pop("dtype", torch.bfloat16)
     config = AutoConfig.from_pretrained(TINY, num_hidden_layers=LAYERS)
@@ -41,7 +49,7 @@ def make(**changes: Any) -> Any:
         else:
             setattr(config, name, value)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.load_state_dict(load().state_dict(), strict=False)
+    model.load_state_dict(weights(), strict=False)
     return model.eval()
 
 
