@@ -79,6 +79,15 @@ def test_several_results_and_in_place():
     assert torch.equal(x, expected[2])  # the caller's tensor was changed
 
 
+def test_no_result():
+    def build(g, cache, row):
+        g.call_function(torch.ops.unicorn.push_window_.default, (cache, row, 1))
+        return [cache]
+
+    run = lower(graph(build, 2))
+    assert run(torch.zeros(1, 1, 3, 2), torch.ones(1, 1, 1, 2))[0].sum() == 2
+
+
 def test_constants_of_the_module():
     add = lambda g, x: [g.call_function(aten.add.Tensor, (x, g.get_attr("offset")))]  # noqa: E731
     same(graph(add, 1, offset=torch.tensor([1.0, 2.0])), torch.zeros(2))

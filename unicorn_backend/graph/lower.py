@@ -82,8 +82,9 @@ class _Lowering:
         name = _SYMBOLIC.get(node.target) or getattr(node.target, "__name__", "").strip("_")
         if isinstance(node.target, torch._ops.OpOverload):
             first = self._operator(node, node.target)
-            several = len(node.target._schema.returns) > 1
-            (self._results if several else self._value)[node] = first
+            returns = len(node.target._schema.returns)
+            if returns > 0:
+                (self._results if returns > 1 else self._value)[node] = first
         elif node.target is operator.neg:
             self._value[node] = self.program.compute("sub", self._number(0), self._integer(node.args[0]))
         elif name in self._functions and (node.target in _SYMBOLIC or node.target is getattr(operator, name, None)):
