@@ -1,0 +1,291 @@
+"""Quantize a checkpoint from disk to disk, weight by weight, without ever holding the model.
+
+Three things overlap: a thread reads blocks of rows, this one packs them on all cores, another one writes
+them and takes checksums. Every scheme works row by row, so a block of rows packs to exactly the bytes that
+the whole weight would: the files hold what `quantize(model)` and `save_pretrained` write, bit for bit, and
+the memory in use is a few blocks, whatever the size of the model.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from unicorn_backend.errors import CheckpointError, QuantizationError
+from unicorn_backend.formats.safetensors import StoredTensor
+from unicorn_backend.layouts import ROWS
+from unicorn_backend.quantize import card, report, rewrite
+from unicorn_backend.quantize.modules import BUFFERS
+from unicorn_backend.quantize.output import Output
+from unicorn_backend.quantize.recipe import FLOAT, Recipe
+from unicorn_backend.quantize.schemes import empty_packed, ensure_kernels, quantization_noise, quantize_weight
+from unicorn_backend.quantize.skeleton import Skeleton, skeleton
+from unicorn_backend.quantize.source import Source, open_source
+
+BLOCK_BYTES = 1 << 25  # of the source: large enough to keep 16 cores busy, small beside any weight that matters
+AHEAD = 2  # blocks that are read ahead, and that wait to be written
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+SHARD_BYTES = 5_000_000_000
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A stored tensor and what becomes of it.
+
+    dtype: what `from_pretrained` would load it as, and what is packed or copied.
+    outputs: {name in the new checkpoint: (dtype, shape)}; one of a float copy, the packed tensors otherwise.
+    """
+
+    stored: StoredTensor
+    dtype: torch.dtype
+    scheme: str
+    outputs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
+    reason: str = ""
+
+    def blocks(self) -> Iterator[tuple[int, int]]:
+        """(first, last) rows of a weight in steps of whole tiles, or elements of a float copy."""
+        if self.scheme == FLOAT:
+            total, step = self.stored.numel, BLOCK_BYTES // self.stored.dtype.itemsize
+        else:
+            total = self.stored.shape[0]
+            step = max(1, BLOCK_BYTES // (ROWS * self.stored.nbytes // total)) * ROWS
+        for first in range(0, max(total, 1), step):
+            yield first, min(first + step, total)
+
+
+@dataclass(frozen=True)
+class Block:
+    """Rows (or elements) first..last-1 of a piece."""
+
+    piece: Piece
+    first: int
+    last: int
+
+    def read(self) -> Tensor:
+        stored = self.piece.stored
+        read = stored.read if self.piece.scheme == FLOAT else stored.rows
+        return read(self.first, self.last).to(self.piece.dtype)
+
+    @property
+    def stored_bytes(self) -> int:
+        stored = self.piece.stored
+        return (self.last - self.first) * (stored.dtype.itemsize if self.piece.scheme == FLOAT else stored.row_bytes)
+
+    @property
+    def is_last(self) -> bool:
+        stored = self.piece.stored
+        return self.last == (stored.numel if self.piece.scheme == FLOAT else stored.shape[0])
+
+
+def quantize_checkpoint(
+    src: str | Path,
+    dst: str | Path,
+    recipe: str | Recipe = "default",
+    *,
+    rules: rewrite.Rules | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: bool | None = None,
+) -> dict[str, Any]:
+    """Quantize the checkpoint `src` into the new folder `dst`; returns what `quantization_report.json` says.
+
+    src: a folder written by save_pretrained, a hub id, or "tiny".
+    recipe, rules: as for `quantize`; a function in `rules` sees modules without weights.
+    resume: go on with an interrupted run of the same arguments. overwrite: replace an existing folder.
+    progress: show a bar; None shows one from 1 GB on.
+
+    Raises CheckpointError and QuantizationError, naming file and tensor. `dst` appears complete or not at all.
+    """
+    start = time.perf_counter()
+    ensure_kernels()
+    source = open_source(src)
+    model = skeleton(source.config, source.dtype, recipe, rules)
+    pieces = plan_pieces(source, model)
+    declared = {name: what for piece in pieces for name, what in piece.outputs.items()}
+    identity = _identity(source, model.recipe, shard_bytes)
+    with Output(Path(dst), declared, identity, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as output:
+        records = dict(output.done)
+        todo = [piece for piece in pieces if piece.stored.name not in records]
+        for record in _run(todo, output, progress):
+            records[record["name"]] = record
+        result = report.build(source, model, [records[piece.stored.name] for piece in pieces], start)
+        card.write_beside(output.partial, source, model, result)
+        output.publish()
+    return result
+
+
+def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
+    """What becomes of every stored tensor. CheckpointError if one is missing, double, or of a wrong shape."""
+    owners: dict[str, StoredTensor] = {}
+    pieces: list[Piece] = []
+    for stored in source.tensors.values():
+        name = model.parameter_of(stored.name)
+        if name is None:
+            if model.is_merged(stored.name):
+                pieces.append(_copy(stored, source.dtype, "merged while loading"))
+            continue
+        if name in owners:
+            raise CheckpointError(
+                f"{stored.file}: {stored.name!r} and {owners[name].name!r} are the same weight {name}"
+            )
+        owners[name] = stored
+        _check_shape(stored, name, model)
+        if stored.name.endswith(".weight") and name in model.schemes:
+            pieces.append(_packed(stored, model.dtype_of(name), model.schemes[name]))
+        else:
+            reason = model.left.get(name.rpartition(".")[0], "") if name.endswith(".weight") else ""
+            pieces.append(_copy(stored, model.dtype_of(name), reason))
+    if absent := model.missing(owners) if not any(model.is_merged(name) for name in source.tensors) else []:
+        raise CheckpointError(
+            f"{source.folder}: no tensor for {absent[0]} ({len(absent)} missing): is a shard missing, "
+            "or does config.json belong to another model?"
+        )
+    return _without_tied(pieces, owners, model)
+
+
+def _without_tied(pieces: list[Piece], owners: Mapping[str, StoredTensor], model: Skeleton) -> list[Piece]:
+    """Drop the second copy of a weight that the model ties; CheckpointError if the copies differ."""
+    dropped = set()
+    for name, stored in owners.items():
+        first = owners.get(model.tied_to(name) or "")
+        if first is None:
+            continue
+        if not _same(first, stored):
+            raise CheckpointError(
+                f"{stored.file}: {stored.name!r} differs from {first.name!r}, but config.json ties them: "
+                "set tie_word_embeddings to false"
+            )
+        dropped.add(stored.name)
+    return [piece for piece in pieces if piece.stored.name not in dropped]
+
+
+def _same(a: StoredTensor, b: StoredTensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    step = BLOCK_BYTES // a.dtype.itemsize
+    ranges = ((first, min(first + step, a.numel)) for first in range(0, a.numel, step))
+    return all(torch.equal(a.read(*r), b.read(*r)) for r in ranges)
+
+
+def _check_shape(stored: StoredTensor, name: str, model: Skeleton) -> None:
+    wanted = tuple(model.model.state_dict()[name].shape)
+    if stored.shape != wanted:
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name!r} has shape {list(stored.shape)}, the model has {list(wanted)}: "
+            "config.json does not belong to these weights"
+        )
+
+
+def _packed(stored: StoredTensor, dtype: torch.dtype, scheme: str) -> Piece:
+    if stored.dtype not in FLOATS:
+        raise CheckpointError(
+            f"{stored.file}: tensor {stored.name!r} is {stored.dtype}; bf16, fp16 and fp32 are quantized"
+        )
+    prefix = stored.name.removesuffix("weight")
+    empty = empty_packed(stored.shape[0], stored.shape[1], scheme, "meta")
+    outputs = {
+        prefix + buffer: (tensor.dtype, tuple(tensor.shape)) for buffer, tensor in zip(BUFFERS, empty, strict=False)
+    }
+    return Piece(stored, dtype, scheme, outputs)
+
+
+def _copy(stored: StoredTensor, dtype: torch.dtype, reason: str) -> Piece:
+    if not stored.dtype.is_floating_point:
+        dtype = stored.dtype
+    return Piece(stored, dtype, FLOAT, {stored.name: (dtype, stored.shape)}, reason)
+
+
+def _run(pieces: list[Piece], output: Output, progress: bool | None) -> Iterator[dict[str, Any]]:
+    """Read, pack and write all pieces; yields the record of each one when it is on disk."""
+    total = sum(piece.stored.nbytes for piece in pieces)
+    hidden = total < rewrite.PROGRESS_BYTES if progress is None else not progress
+    blocks = (Block(piece, *rows) for piece in pieces for rows in piece.blocks())
+    sums: list[tuple[float, float]] = []
+    pending: deque[Future[dict[str, Any] | None]] = deque()
+    with (
+        ThreadPoolExecutor(1, "read") as reader,
+        ThreadPoolExecutor(1, "write") as writer,
+        tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar,
+    ):
+        for block, rows in _ahead(reader, blocks):
+            tensors, terms = _pack(block, rows)
+            sums.append(terms)
+            pending.append(writer.submit(_write, output, block, tensors, sums if block.is_last else None))
+            if block.is_last:
+                sums = []
+            while len(pending) > AHEAD:
+                if record := pending.popleft().result():
+                    yield record
+            bar.update(block.stored_bytes)
+        for future in pending:
+            if record := future.result():
+                yield record
+
+
+def _ahead(pool: ThreadPoolExecutor, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor]]:
+    """The blocks with their data, read `AHEAD` of their use."""
+    waiting: deque[tuple[Block, Future[Tensor]]] = deque()
+    for block in blocks:
+        waiting.append((block, pool.submit(block.read)))
+        if len(waiting) > AHEAD:
+            first, future = waiting.popleft()
+            yield first, future.result()
+    while waiting:
+        first, future = waiting.popleft()
+        yield first, future.result()
+
+
+def _pack(block: Block, rows: Tensor) -> tuple[list[Tensor], tuple[float, float]]:
+    """The bytes of a block's outputs, and (signal, noise) of the quantization: sums of squares."""
+    stored, scheme = block.piece.stored, block.piece.scheme
+    if scheme != FLOAT:
+        try:
+            packed = quantize_weight(rows, scheme)
+        except ValueError as error:
+            raise _not_finite(stored, block.first * stored.shape[1], rows) from error
+        return packed, quantization_noise(rows, packed)
+    if rows.dtype in FLOATS and torch.ops.unicorn.count_nonfinite(rows):
+        raise _not_finite(stored, block.first, rows)
+    return [rows], (0.0, 0.0)
+
+
+def _not_finite(stored: StoredTensor, offset: int, rows: Tensor) -> QuantizationError:
+    bad = torch.nonzero(~torch.isfinite(rows.flatten()))[:, 0]
+    where = [int(i) for i in torch.unravel_index(bad[0] + offset, stored.shape)]
+    return QuantizationError(
+        f"{stored.file}: tensor {stored.name!r} {list(stored.shape)} has NaN or Inf, first at {where}: the checkpoint "
+        "is damaged or the model diverged; repair the weight"
+    )
+
+
+def _write(
+    output: Output, block: Block, tensors: list[Tensor], sums: list[tuple[float, float]] | None
+) -> dict[str, Any] | None:
+    """Write a block; with the last one (`sums` given) note the weight as finished and return its record."""
+    piece = block.piece
+    for (name, (dtype, shape)), tensor in zip(piece.outputs.items(), tensors, strict=True):
+        row = dtype.itemsize * (1 if piece.scheme == FLOAT else math.prod(shape[1:]))
+        output.write(name, row * (block.first if piece.scheme == FLOAT else block.first // ROWS), tensor)
+    if sums is None:
+        return None
+    record = report.weight(piece, {name: output.checksum(name) for name in piece.outputs}, sums)
+    output.finish_weight(record)
+    return record
+
+
+def _identity(source: Source, recipe: Recipe, shard_bytes: int) -> dict[str, Any]:
+    """What an interrupted run must share with the one that continues it."""
+    files = sorted({tensor.file for tensor in source.tensors.values()})
+    states = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
+    return {"files": states, "recipe": recipe.to_dict(), "shard_bytes": shard_bytes, **report.versions()}
