@@ -92,6 +92,7 @@ def quantize(
     rule: Annotated[
         list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of matching modules; repeat.")
     ] = None,
+    format: Annotated[str, typer.Option(help="unicorn, gguf or compressed-tensors.")] = "unicorn",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     as_json: AsJson = False,
@@ -108,6 +109,7 @@ def quantize(
         out,
         recipe,
         rules=_rules(rule or []),
+        format=format,
         resume=resume,
         overwrite=overwrite,
         progress=False if as_json else None,

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.quantize.test_checkpoint import assert_same_state, vision_model
 from unicorn_backend import UnicornConfig, quantization_report, quantize, quantize_checkpoint, recipes, verify
 from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
+from unicorn_backend.formats.target import sharded
 from unicorn_backend.models import TINY
 from unicorn_backend.quantize import output, stream
 
@@ -282,10 +283,10 @@ def damage(path: Path, name: str, whole: Path) -> None:
 
 
 def test_only_one_process_writes(tmp_path: Path) -> None:
-    declared = {"w": (torch.float32, (2,))}
-    with output.Output(tmp_path / "out", declared, {}, shard_bytes=100):
+    layout = sharded({"w": (torch.float32, (2,))}, 100)
+    with output.Output(tmp_path / "out", layout, {}):
         with pytest.raises(CheckpointError, match="another process"):
-            output.Output(tmp_path / "out", declared, {}, shard_bytes=100).__enter__()
+            output.Output(tmp_path / "out", layout, {}).__enter__()
 
 
 def test_verify_finds_every_change(tmp_path: Path) -> None:

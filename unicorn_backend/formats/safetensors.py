@@ -60,6 +60,16 @@ class StoredTensor:
     offset: int
 
     @property
+    def scheme(self) -> str | None:
+        """The scheme whose packed form holds the stored values exactly; None for floats."""
+        return None
+
+    @property
+    def type_name(self) -> str:
+        """Name of the stored type if it is quantized."""
+        return ""
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -84,6 +94,10 @@ class StoredTensor:
         """Rows first..last-1 of a matrix."""
         k = self.shape[1]
         return self.read(first * k, last * k).view(last - first, k)
+
+    def packed_rows(self, first: int, last: int) -> list[Tensor]:
+        """Rows first..last-1 (whole tiles) packed as `scheme` says, with the stored values."""
+        raise TypeError(f"{self.file}: tensor {self.name!r} is not stored quantized")
 
 
 def read_exactly(path: Path, offset: int, into: Tensor, name: str) -> None:

@@ -1,9 +1,8 @@
-"""What lies beside the weights: config, tokenizer and licence files of the source, the card, the report."""
+"""README.md of a quantized checkpoint, with the terms that go with it, and the report beside it."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,52 +11,19 @@ from huggingface_hub import ModelCard, ModelCardData
 
 from unicorn_backend import table
 from unicorn_backend.quantize import report
-from unicorn_backend.quantize.skeleton import Skeleton
 from unicorn_backend.quantize.source import Source
-
-# Weights in any format, and what is written anew.
-_NOT_COPIED = (
-    ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", ".ot", ".tflite"
-)  # fmt: skip
-_REPLACED = ("config.json", "README.md", report.NAME)
-_FOLDERS = ("additional_chat_templates",)
 
 GEMMA_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
 
 
-def write_beside(folder: Path, source: Source, model: Skeleton, result: dict[str, Any]) -> None:
-    """Everything but the weights, into `folder`."""
-    copy_side_files(source.folder, folder)
-    _write_config(folder, source, model)
+def write_card(folder: Path, source: Source, result: dict[str, Any]) -> None:
+    """The report, README.md, and the notice that goes with Gemma."""
     write_json(folder / report.NAME, result)
     notice = folder / "NOTICE"
-    licence = source_card(source.folder).get("license")
+    licence = source_card(source).get("license")
     model_card(source, result).save(folder / "README.md")
     if licence == "gemma" and not notice.exists():
         notice.write_text(GEMMA_TERMS + "\n", encoding="utf-8")
-
-
-def copy_side_files(source: Path, folder: Path) -> None:
-    """Tokenizer, processor, generation settings, templates, licences; no weights, no index of shards."""
-    for path in sorted(source.iterdir()):
-        if path.is_dir() and path.name in _FOLDERS:
-            shutil.copytree(path, folder / path.name)
-        hidden = path.name.startswith(".") or path.name.endswith((".index.json", *_NOT_COPIED))
-        if path.is_file() and not hidden and path.name not in _REPLACED:
-            shutil.copyfile(path, folder / path.name)
-
-
-def _write_config(folder: Path, source: Source, model: Skeleton) -> None:
-    """The source's config.json as it is, with the recipe, the class and the dtype that loading needs."""
-    from unicorn_backend.integration.hf_quantizer import UnicornConfig
-
-    path = source.folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else source.config.to_dict()
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(source.dtype).removeprefix("torch.")
-    config["architectures"] = [type(model.model).__name__]
-    config["quantization_config"] = UnicornConfig(model.recipe).to_dict()
-    write_json(folder / "config.json", config)
 
 
 def write_json(path: Path, data: Any) -> None:
@@ -66,7 +32,7 @@ def write_json(path: Path, data: Any) -> None:
 
 def model_card(source: Source, result: dict[str, Any]) -> ModelCard:
     """README.md: what it was made from, how, and under whose terms."""
-    data = source_card(source.folder)
+    data = source_card(source)
     known = source.name if "/" in source.name and not Path(source.name).exists() else data.get("base_model")
     licence = data.get("license")
     totals = result["totals"]
@@ -124,10 +90,10 @@ def _terms(source: Source, licence: str | None) -> str:
     return text
 
 
-def source_card(folder: Path) -> dict[str, Any]:
+def source_card(source: Source) -> dict[str, Any]:
     """The front matter of the source's README.md, {} if there is none that can be read."""
-    path = folder / "README.md"
-    if not path.is_file():
+    path = source.folder / "README.md" if source.folder else None
+    if path is None or not path.is_file():
         return {}
     try:
         data: dict[str, Any] = ModelCard.load(path).data.to_dict()

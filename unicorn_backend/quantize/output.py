@@ -18,33 +18,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from unicorn_backend.errors import CheckpointError, UnicornError
-from unicorn_backend.formats.safetensors import as_bytes, make_header
+from unicorn_backend.formats.safetensors import as_bytes
+from unicorn_backend.formats.target import Layout, Place
 
 JOURNAL = "journal.jsonl"
 SPARE_BYTES = 64_000_000  # for the tokenizer and the like
-
-Declared = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 class Output:
     """Context manager: `write` tensors by pieces, `finish_weight`, and `publish` at the end.
 
-    declared: every tensor that will be written, with dtype and shape; fixes the place of each byte.
+    layout: the files, and the place of every tensor in them.
     identity: what must be the same for a run to be continued.
     """
 
     def __init__(
         self,
         folder: Path,
-        declared: Declared,
+        layout: Layout,
         identity: Mapping[str, Any],
         *,
-        shard_bytes: int,
         resume: bool = False,
         overwrite: bool = False,
     ) -> None:
@@ -53,13 +49,7 @@ class Output:
         self.done: dict[str, dict[str, Any]] = {}  # finished weights of an interrupted run
         self._overwrite, self._resume = overwrite, resume
         self._identity = json.loads(json.dumps(identity))
-        self._shards = _split(declared, shard_bytes)
-        self._declared = declared
-        self._places: dict[str, tuple[str, int]] = {}
-        self._headers: dict[str, bytes] = {}
-        for shard, names in self._shards.items():
-            self._headers[shard], offsets = make_header({name: declared[name] for name in names}, {"format": "pt"})
-            self._places.update({name: (shard, offset) for name, offset in offsets.items()})
+        self._layout = layout
         self._files: dict[str, int] = {}
         self._hashes: dict[str, Any] = {}
         self._journal: IO[str] | None = None
@@ -87,18 +77,18 @@ class Output:
         if isinstance(error, UnicornError) and not self._disk_failed:
             shutil.rmtree(self.partial, ignore_errors=True)
 
-    def place(self, name: str) -> tuple[str, int]:
-        """(file name, offset in it) of a declared tensor."""
-        return self._places[name]
+    def place(self, name: str) -> Place:
+        """Where a tensor is."""
+        return self._layout.places[name]
 
     def write(self, name: str, offset: int, data: Tensor) -> None:
         """Bytes of tensor `name` from `offset` on, in ascending order; adds them to its checksum."""
         view = as_bytes(data)
-        shard, start = self._places[name]
-        with self._named_errors(f"{shard}, tensor {name!r}"):
+        place = self.place(name)
+        with self._named_errors(f"{place.file}, tensor {name!r}"):
             written = 0
             while written < len(view):
-                written += os.pwrite(self._files[shard], view[written:], start + offset + written)
+                written += os.pwrite(self._files[place.file], view[written:], place.offset + offset + written)
         self._hashes.setdefault(name, hashlib.sha256()).update(view)
 
     def checksum(self, name: str) -> str:
@@ -112,10 +102,8 @@ class Output:
             self._note(record)
 
     def publish(self) -> None:
-        """Write the index, flush everything to the disk and give the folder its name."""
+        """Flush everything to the disk and give the folder its name."""
         with self._named_errors():
-            if len(self._shards) > 1:
-                self._write_index()
             for file in self._files.values():
                 os.fsync(file)
             self._close()
@@ -140,7 +128,9 @@ class Output:
         self._journal.truncate(0)
         self._check_space()
         self._note({"identity": self._identity})
-        for shard, header in self._headers.items():
+        for name, text in self._layout.beside.items():
+            (self.partial / name).write_text(text, encoding="utf-8")
+        for shard, header in self._layout.headers.items():
             self._open(shard)
             os.pwrite(self._files[shard], header, 0)
 
@@ -155,9 +145,9 @@ class Output:
             raise CheckpointError(
                 f"{self.partial} was begun from another source, recipe or version: run without --resume to start over"
             )
-        if not all((self.partial / shard).is_file() for shard in self._shards):
+        if not all((self.partial / name).is_file() for name in (*self._layout.headers, *self._layout.beside)):
             return False
-        for shard in self._shards:
+        for shard in self._layout.headers:
             self._open(shard)
         self.done = {record["name"]: record for record in lines[1:] if self._intact(record)}
         self._journal.truncate(0)  # without a line that was cut
@@ -169,27 +159,20 @@ class Output:
     def _intact(self, record: Mapping[str, Any]) -> bool:
         """True if the tensors of a finished weight are in the files as they were written."""
         for name, entry in record.get("tensors", {}).items():
-            shard, offset = self._places[name]
-            if _sha256(self._files[shard], offset, _nbytes(self._declared[name])) != entry["sha256"]:
+            place = self.place(name)
+            if _sha256(self._files[place.file], place.offset, place.nbytes) != entry["sha256"]:
                 return False
         return True
 
     def _check_space(self) -> None:
         """Refuse at once what would fail after minutes."""
-        needed = sum(map(_nbytes, self._declared.values())) + SPARE_BYTES
+        needed = sum(place.nbytes for place in self._layout.places.values()) + SPARE_BYTES
         free = shutil.disk_usage(self.partial).free
         if needed > free:
             shutil.rmtree(self.partial)
             raise CheckpointError(
                 f"{self.partial.parent}: the disk has {free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB are needed"
             )
-
-    def _write_index(self) -> None:
-        total = sum(map(_nbytes, self._declared.values()))
-        places = {name: self._places[name][0] for name in sorted(self._places)}
-        index = {"metadata": {"total_size": total}, "weight_map": places}
-        path = self.partial / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
     def _open(self, shard: str) -> None:
         self._files[shard] = os.open(self.partial / shard, os.O_RDWR | os.O_CREAT, 0o644)
@@ -217,20 +200,6 @@ class Output:
             path = self.partial / what if what else error.filename or self.partial
             hint = "; free some space and run again with --resume" if error.errno == errno.ENOSPC else ""
             raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}{hint}") from error
-
-
-def _split(declared: Declared, shard_bytes: int) -> dict[str, list[str]]:
-    """{file name: its tensors}, as transformers splits."""
-    empty = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape) in declared.items()}
-    split = split_torch_state_dict_into_shards(
-        empty, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes
-    )
-    return split.filename_to_tensors
-
-
-def _nbytes(declared: tuple[torch.dtype, tuple[int, ...]]) -> int:
-    dtype, shape = declared
-    return torch.Size(shape).numel() * dtype.itemsize
 
 
 def _whole_lines(journal: IO[str]) -> Iterator[dict[str, Any]]:

@@ -7,7 +7,8 @@ and the schemes are decided by the same `rewrite.plan` that quantizes a model in
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,14 +82,29 @@ class Skeleton:
         return [name for name in names if self.tied_to(name) not in there]
 
 
-def skeleton(config: Any, dtype: torch.dtype, recipe: str | Recipe, rules: rewrite.Rules | None) -> Skeleton:
-    """The model of a config, on meta, with its decided schemes."""
-    with torch.device("meta"):
-        model = _model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
-    chosen = rewrite.resolve(model, recipe, rules)
+def skeleton(
+    config: Any,
+    dtype: torch.dtype,
+    recipe: str | Recipe,
+    rules: rewrite.Rules | None,
+    kept: Mapping[str, str] | None = None,
+) -> Skeleton:
+    """The model of a config, on meta, with its decided schemes.
+
+    kept: {module name: scheme that holds the stored values}; asked after `rules` and before the recipe.
+    """
+    model = empty_model(config, dtype)
+    exact = {f"^{re.escape(name)}$": scheme for name, scheme in (kept or {}).items()}
+    chosen = rewrite.resolve(model, Recipe.named(recipe).with_overrides(exact), rules)
     jobs, left = rewrite.plan(model, chosen, getattr(model, "all_tied_weights_keys", None))
     schemes = {f"{name}.weight": job.scheme for job in jobs for name, _ in job.users}
     return Skeleton(model, chosen, schemes, left)
+
+
+def empty_model(config: Any, dtype: torch.dtype) -> Any:
+    """The model of a config, on meta."""
+    with torch.device("meta"):
+        return _model_class(config)._from_config(copy.deepcopy(config), dtype=dtype)
 
 
 def _model_class(config: Any) -> Any:

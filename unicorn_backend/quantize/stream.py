@@ -8,7 +8,6 @@ the memory in use is a few blocks, whatever the size of the model.
 
 from __future__ import annotations
 
-import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -21,20 +20,21 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from unicorn_backend.errors import CheckpointError, QuantizationError
+from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
 from unicorn_backend.formats.safetensors import StoredTensor
+from unicorn_backend.formats.target import Encoded, Noise, Rows, Target, Unicorn
 from unicorn_backend.layouts import ROWS
 from unicorn_backend.quantize import card, report, rewrite
-from unicorn_backend.quantize.modules import BUFFERS
 from unicorn_backend.quantize.output import Output
 from unicorn_backend.quantize.recipe import FLOAT, Recipe
-from unicorn_backend.quantize.schemes import empty_packed, ensure_kernels, quantization_noise, quantize_weight
+from unicorn_backend.quantize.schemes import ensure_kernels
 from unicorn_backend.quantize.skeleton import Skeleton, skeleton
 from unicorn_backend.quantize.source import Source, open_source
 
 BLOCK_BYTES = 1 << 25  # of the source: large enough to keep 16 cores busy, small beside any weight that matters
 AHEAD = 2  # blocks that are read ahead, and that wait to be written
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+FORMATS = ("unicorn", "gguf", "compressed-tensors")
 SHARD_BYTES = 5_000_000_000
 
 
@@ -43,14 +43,17 @@ class Piece:
     """A stored tensor and what becomes of it.
 
     dtype: what `from_pretrained` would load it as, and what is packed or copied.
-    outputs: {name in the new checkpoint: (dtype, shape)}; one of a float copy, the packed tensors otherwise.
+    exact: the stored values are taken over as they are, packed.
     """
 
     stored: StoredTensor
     dtype: torch.dtype
     scheme: str
-    outputs: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     reason: str = ""
+
+    @property
+    def exact(self) -> bool:
+        return self.scheme != FLOAT and self.stored.scheme == self.scheme
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first, last) rows of a weight in steps of whole tiles, or elements of a float copy."""
@@ -71,8 +74,10 @@ class Block:
     first: int
     last: int
 
-    def read(self) -> Tensor:
+    def read(self) -> Rows:
         stored = self.piece.stored
+        if self.piece.exact:
+            return stored.packed_rows(self.first, self.last)
         read = stored.read if self.piece.scheme == FLOAT else stored.rows
         return read(self.first, self.last).to(self.piece.dtype)
 
@@ -95,6 +100,7 @@ def quantize_checkpoint(
     rules: rewrite.Rules | None = None,
     resume: bool = False,
     overwrite: bool = False,
+    format: str = "unicorn",
     shard_bytes: int = SHARD_BYTES,
     progress: bool | None = None,
 ) -> dict[str, Any]:
@@ -102,6 +108,7 @@ def quantize_checkpoint(
 
     src: a folder written by save_pretrained, a hub id, or "tiny".
     recipe, rules: as for `quantize`; a function in `rules` sees modules without weights.
+    format: "unicorn", "gguf" (Q4_0 and Q8_0) or "compressed-tensors".
     resume: go on with an interrupted run of the same arguments. overwrite: replace an existing folder.
     progress: show a bar; None shows one from 1 GB on.
 
@@ -110,19 +117,32 @@ def quantize_checkpoint(
     start = time.perf_counter()
     ensure_kernels()
     source = open_source(src)
-    model = skeleton(source.config, source.dtype, recipe, rules)
+    model = skeleton(source.config, source.dtype, recipe, rules, kept=source.kept_schemes())
+    target = _target(format, source, model)
     pieces = plan_pieces(source, model)
-    declared = {name: what for piece in pieces for name, what in piece.outputs.items()}
-    identity = _identity(source, model.recipe, shard_bytes)
-    with Output(Path(dst), declared, identity, shard_bytes=shard_bytes, resume=resume, overwrite=overwrite) as output:
+    declared = {name: what for piece in pieces for name, what in _outputs(piece, target).items()}
+    identity = _identity(source, model.recipe, target, shard_bytes)
+    layout = target.layout(declared, shard_bytes)
+    with Output(Path(dst), layout, identity, resume=resume, overwrite=overwrite) as output:
         records = dict(output.done)
         todo = [piece for piece in pieces if piece.stored.name not in records]
-        for record in _run(todo, output, progress):
+        for record in _run(todo, target, output, progress):
             records[record["name"]] = record
-        result = report.build(source, model, [records[piece.stored.name] for piece in pieces], start)
-        card.write_beside(output.partial, source, model, result)
+        result = report.build(source, model, target, [records[piece.stored.name] for piece in pieces], start)
+        target.write_beside(output.partial, source, model, {row["name"]: row["scheme"] for row in result["weights"]})
+        card.write_card(output.partial, source, result)
         output.publish()
     return result
+
+
+def _target(name: str, source: Source, model: Skeleton) -> Target:
+    if name == "unicorn":
+        return Unicorn()
+    if name == "gguf":
+        from unicorn_backend.formats.gguf_out import GgufOut
+
+        return GgufOut(source, model)
+    raise OptionError(f"format: got {name!r}, allowed are {', '.join(FORMATS)}")
 
 
 def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
@@ -148,7 +168,7 @@ def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
             pieces.append(_copy(stored, model.dtype_of(name), reason))
     if absent := model.missing(owners) if not any(model.is_merged(name) for name in source.tensors) else []:
         raise CheckpointError(
-            f"{source.folder}: no tensor for {absent[0]} ({len(absent)} missing): is a shard missing, "
+            f"{source.place}: no tensor for {absent[0]} ({len(absent)} missing): is a shard missing, "
             "or does config.json belong to another model?"
         )
     return _without_tied(pieces, owners, model)
@@ -188,30 +208,26 @@ def _check_shape(stored: StoredTensor, name: str, model: Skeleton) -> None:
 
 
 def _packed(stored: StoredTensor, dtype: torch.dtype, scheme: str) -> Piece:
-    if stored.dtype not in FLOATS:
+    if stored.scheme != scheme and stored.dtype not in FLOATS:
         raise CheckpointError(
             f"{stored.file}: tensor {stored.name!r} is {stored.dtype}; bf16, fp16 and fp32 are quantized"
         )
-    prefix = stored.name.removesuffix("weight")
-    empty = empty_packed(stored.shape[0], stored.shape[1], scheme, "meta")
-    outputs = {
-        prefix + buffer: (tensor.dtype, tuple(tensor.shape)) for buffer, tensor in zip(BUFFERS, empty, strict=False)
-    }
-    return Piece(stored, dtype, scheme, outputs)
+    # What a quantized file holds is not rounded to the model's dtype before it is quantized again.
+    return Piece(stored, stored.dtype if stored.type_name else dtype, scheme)
 
 
 def _copy(stored: StoredTensor, dtype: torch.dtype, reason: str) -> Piece:
     if not stored.dtype.is_floating_point:
         dtype = stored.dtype
-    return Piece(stored, dtype, FLOAT, {stored.name: (dtype, stored.shape)}, reason)
+    return Piece(stored, dtype, FLOAT, reason)
 
 
-def _run(pieces: list[Piece], output: Output, progress: bool | None) -> Iterator[dict[str, Any]]:
+def _run(pieces: list[Piece], target: Target, output: Output, progress: bool | None) -> Iterator[dict[str, Any]]:
     """Read, pack and write all pieces; yields the record of each one when it is on disk."""
     total = sum(piece.stored.nbytes for piece in pieces)
     hidden = total < rewrite.PROGRESS_BYTES if progress is None else not progress
     blocks = (Block(piece, *rows) for piece in pieces for rows in piece.blocks())
-    sums: list[tuple[float, float]] = []
+    sums: list[Noise] = []
     pending: deque[Future[dict[str, Any] | None]] = deque()
     with (
         ThreadPoolExecutor(1, "read") as reader,
@@ -219,9 +235,9 @@ def _run(pieces: list[Piece], output: Output, progress: bool | None) -> Iterator
         tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar,
     ):
         for block, rows in _ahead(reader, blocks):
-            tensors, terms = _pack(block, rows)
-            sums.append(terms)
-            pending.append(writer.submit(_write, output, block, tensors, sums if block.is_last else None))
+            encoded, noise = _encode(target, block, rows)
+            sums.append(noise)
+            pending.append(writer.submit(_write, output, target, block, encoded, sums if block.is_last else None))
             if block.is_last:
                 sums = []
             while len(pending) > AHEAD:
@@ -233,9 +249,9 @@ def _run(pieces: list[Piece], output: Output, progress: bool | None) -> Iterator
                 yield record
 
 
-def _ahead(pool: ThreadPoolExecutor, blocks: Iterable[Block]) -> Iterator[tuple[Block, Tensor]]:
+def _ahead(pool: ThreadPoolExecutor, blocks: Iterable[Block]) -> Iterator[tuple[Block, Rows]]:
     """The blocks with their data, read `AHEAD` of their use."""
-    waiting: deque[tuple[Block, Future[Tensor]]] = deque()
+    waiting: deque[tuple[Block, Future[Rows]]] = deque()
     for block in blocks:
         waiting.append((block, pool.submit(block.read)))
         if len(waiting) > AHEAD:
@@ -246,46 +262,59 @@ def _ahead(pool: ThreadPoolExecutor, blocks: Iterable[Block]) -> Iterator[tuple[
         yield first, future.result()
 
 
-def _pack(block: Block, rows: Tensor) -> tuple[list[Tensor], tuple[float, float]]:
-    """The bytes of a block's outputs, and (signal, noise) of the quantization: sums of squares."""
+def _outputs(piece: Piece, target: Target) -> Mapping[str, tuple[torch.dtype, tuple[int, ...]]]:
+    return target.outputs(piece.stored.name, piece.dtype, piece.stored.shape, piece.scheme)
+
+
+def _encode(target: Target, block: Block, rows: Rows) -> tuple[list[Encoded], Noise]:
+    """What is written of a block. QuantizationError, naming file and tensor, for NaN or Inf."""
     stored, scheme = block.piece.stored, block.piece.scheme
-    if scheme != FLOAT:
-        try:
-            packed = quantize_weight(rows, scheme)
-        except ValueError as error:
-            raise _not_finite(stored, block.first * stored.shape[1], rows) from error
-        return packed, quantization_noise(rows, packed)
-    if rows.dtype in FLOATS and torch.ops.unicorn.count_nonfinite(rows):
-        raise _not_finite(stored, block.first, rows)
-    return [rows], (0.0, 0.0)
+    first = block.first * (stored.shape[1] if scheme != FLOAT else 1)
+    if isinstance(rows, list) or scheme == FLOAT:  # the quantizers look themselves
+        for tensor in rows if isinstance(rows, list) else [rows]:
+            if tensor.dtype in FLOATS and torch.ops.unicorn.count_nonfinite(tensor):
+                raise _not_finite(stored, first, rows)
+    try:
+        return target.encode(stored.name, stored.shape, scheme, block.first, rows)
+    except ValueError as error:
+        raise _not_finite(stored, first, rows) from error
 
 
-def _not_finite(stored: StoredTensor, offset: int, rows: Tensor) -> QuantizationError:
-    bad = torch.nonzero(~torch.isfinite(rows.flatten()))[:, 0]
-    where = [int(i) for i in torch.unravel_index(bad[0] + offset, stored.shape)]
+def _not_finite(stored: StoredTensor, offset: int, rows: Rows) -> QuantizationError:
+    where = ""
+    if isinstance(rows, Tensor):
+        bad = torch.nonzero(~torch.isfinite(rows.flatten()))[:, 0]
+        where = f", first at {[int(i) for i in torch.unravel_index(bad[0] + offset, stored.shape)]}"
     return QuantizationError(
-        f"{stored.file}: tensor {stored.name!r} {list(stored.shape)} has NaN or Inf, first at {where}: the checkpoint "
+        f"{stored.file}: tensor {stored.name!r} {list(stored.shape)} has NaN or Inf{where}: the checkpoint "
         "is damaged or the model diverged; repair the weight"
     )
 
 
 def _write(
-    output: Output, block: Block, tensors: list[Tensor], sums: list[tuple[float, float]] | None
+    output: Output, target: Target, block: Block, encoded: list[Encoded], sums: list[Noise] | None
 ) -> dict[str, Any] | None:
     """Write a block; with the last one (`sums` given) note the weight as finished and return its record."""
-    piece = block.piece
-    for (name, (dtype, shape)), tensor in zip(piece.outputs.items(), tensors, strict=True):
-        row = dtype.itemsize * (1 if piece.scheme == FLOAT else math.prod(shape[1:]))
-        output.write(name, row * (block.first if piece.scheme == FLOAT else block.first // ROWS), tensor)
+    for name, offset, tensor in encoded:
+        output.write(name, offset, tensor)
     if sums is None:
         return None
-    record = report.weight(piece, {name: output.checksum(name) for name in piece.outputs}, sums)
+    outputs = _outputs(block.piece, target)
+    label = target.label(block.piece.stored.shape, block.piece.scheme)
+    places = {name: (output.place(name).nbytes, output.checksum(name)) for name in outputs}
+    record = report.weight(block.piece, label, outputs, places, sums)
     output.finish_weight(record)
     return record
 
 
-def _identity(source: Source, recipe: Recipe, shard_bytes: int) -> dict[str, Any]:
+def _identity(source: Source, recipe: Recipe, target: Target, shard_bytes: int) -> dict[str, Any]:
     """What an interrupted run must share with the one that continues it."""
     files = sorted({tensor.file for tensor in source.tensors.values()})
     states = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
-    return {"files": states, "recipe": recipe.to_dict(), "shard_bytes": shard_bytes, **report.versions()}
+    return {
+        "files": states,
+        "recipe": recipe.to_dict(),
+        "format": target.name,
+        "shard_bytes": shard_bytes,
+        **report.versions(),
+    }

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from unicorn_backend.errors import CheckpointError
-from unicorn_backend.formats.safetensors import StoredTensor, as_bytes, folder_tensors
+from unicorn_backend.formats.gguf import read_header
+from unicorn_backend.formats.safetensors import StoredTensor, as_bytes, folder_tensors, read_exactly
 from unicorn_backend.quantize import report
 
 BLOCK_BYTES = 1 << 24
@@ -24,7 +26,7 @@ def verify(folder: str | Path, *, progress: bool = False) -> list[str]:
     """
     folder = Path(folder)
     expected = _expected(folder)
-    stored = folder_tensors(folder)
+    stored = _stored(folder)
     problems = [f"{stored[name].file}: tensor {name!r} is not in the report" for name in stored if name not in expected]
     total = sum(tensor.nbytes for tensor in stored.values())
     with tqdm(total=total, desc="Verifying", unit="B", unit_scale=True, disable=not progress) as bar:
@@ -62,6 +64,16 @@ def _expected(folder: Path) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"{folder / report.NAME}: damaged: {error!r}") from error
 
 
+def _stored(folder: Path) -> Mapping[str, StoredTensor]:
+    """Every tensor in the files; those of a GGUF file as the bytes of their rows."""
+    path = folder / "model.gguf"
+    if not path.exists():
+        return folder_tensors(folder)
+    tensors = read_header(path).tensors.values()
+    rows = ((t.name, (*t.shape[:-1], t.nbytes // (t.numel // t.shape[-1])), t.offset) for t in tensors)
+    return {name: StoredTensor(name, torch.uint8, shape, path, offset) for name, shape, offset in rows}
+
+
 def _compare(tensor: StoredTensor, entry: dict[str, Any]) -> Iterator[str]:
     kind = {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
     if kind != {key: entry.get(key) for key in kind}:
@@ -72,8 +84,9 @@ def _compare(tensor: StoredTensor, entry: dict[str, Any]) -> Iterator[str]:
 
 def checksum(tensor: StoredTensor) -> str:
     """SHA-256 of the bytes of a stored tensor."""
-    digest, step = hashlib.sha256(), BLOCK_BYTES // tensor.dtype.itemsize
-    for first in range(0, tensor.numel, step):
-        block = tensor.read(first, min(first + step, tensor.numel))
+    digest = hashlib.sha256()
+    for first in range(0, tensor.nbytes, BLOCK_BYTES):
+        block = torch.empty(min(BLOCK_BYTES, tensor.nbytes - first), dtype=torch.uint8)
+        read_exactly(tensor.file, tensor.offset + first, block, tensor.name)
         digest.update(as_bytes(block))
     return digest.hexdigest()
