@@ -18,7 +18,7 @@ from unicorn_backend import __main__ as cli
 from unicorn_backend import bench, measure, models, table
 from unicorn_backend.errors import OptionError, UnicornError
 
-COMMANDS = ("demo", "run", "quantize", "verify", "explain", "bench")
+COMMANDS = ("demo", "run", "quantize", "verify", "eval", "explain", "bench")
 
 
 def call(*args: str) -> str:
@@ -68,6 +68,23 @@ def test_quantize_with_rules(tmp_path: Path) -> None:
     assert schemes["model.layers.1.mlp.down_proj.weight"] == "w8c"
     with pytest.raises(UnicornError, match="REGEX=SCHEME"):
         call("quantize", "tiny", "-o", str(tmp_path / "other"), "--rule", "down_proj")
+
+
+def test_eval_and_its_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "text").write_text(models.SAMPLE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    report = call_json("quantize", "tiny", "-o", str(out), "--eval", "--text", str(tmp_path / "text"))
+    again = call_json("eval", str(out), "--reference", "tiny", "--text", str(tmp_path / "text"))
+    assert again == report["quality"] == json.loads((out / "quantization_report.json").read_text())["quality"]
+    assert again["top1"] > 0.95 and 0 < again["kl_mean"] < 1e-3 and again["kl_mean_se"] > 0
+    assert call_json("verify", str(out))["problems"] == []
+    arguments = ["eval", str(out), "--reference", "tiny", "--text", str(tmp_path / "text"), "--min-top1", "0.9999"]
+    monkeypatch.setattr("sys.argv", ["unicorn", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    with pytest.raises(OptionError, match="readable UTF-8"):
+        call("eval", str(out), "--reference", "tiny", "--text", str(out))
 
 
 def test_verify_fails_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

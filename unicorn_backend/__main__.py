@@ -6,6 +6,7 @@ used, with one line on stderr; 130 interrupted.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -21,8 +22,9 @@ from unicorn_backend import bench as benchmark
 from unicorn_backend import demo as demonstration
 from unicorn_backend import models, table
 from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
-from unicorn_backend.quantize import stream
+from unicorn_backend.quantize import evaluate, stream
 from unicorn_backend.quantize import verify as verification
+from unicorn_backend.quantize.quality import WINDOW
 
 EXPLAIN_TOKENS = 8
 """`explain` runs one prompt of this length and one decode step, so that it shows both graphs."""
@@ -38,6 +40,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Local folder, hub id, tiny, gemma3-1b or gemma3-4b.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Quantization recipe.")]
+MinTop1 = Annotated[
+    float, typer.Option("--min-top1", min=0.0, max=1.0, help="Exit with 1 if a smaller share of tokens stays first.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -93,6 +98,9 @@ def quantize(
         list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of matching modules; repeat.")
     ] = None,
     format: Annotated[str, typer.Option(help="unicorn, gguf or compressed-tensors.")] = "unicorn",
+    evaluation: Annotated[bool, typer.Option("--eval", help="Compare with SRC afterwards, into the report.")] = False,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text of --eval; a piece of WikiText-2 without.")] = None,
+    min_top1: MinTop1 = 0.0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     as_json: AsJson = False,
@@ -114,9 +122,20 @@ def quantize(
         overwrite=overwrite,
         progress=False if as_json else None,
     )
+    quality = None
+    if evaluation or min_top1 > 0:
+        quality = evaluate.evaluate(out, source, text)
+        evaluate.add_to_report(out, quality)
+        result["quality"] = dataclasses.asdict(quality)
     if as_json:
         typer.echo(json.dumps({"out": str(out), **result}))
-        return
+    else:
+        _print_result(out, recipe, result, quality)
+    if quality is not None:
+        evaluate.require(quality, min_top1)
+
+
+def _print_result(out: Path, recipe: str, result: dict[str, Any], quality: Any) -> None:
     totals = result["totals"]
     before, after = totals["bytes_before"], totals["bytes_after"]
     for note in result["notes"]:
@@ -125,6 +144,29 @@ def quantize(
         f"{out}: {table.size(before)} -> {table.size(after)} ({after / before:.0%}), recipe {recipe}, "
         f"{totals['seconds']:.1f} s, {totals['gb_per_s']:.2f} GB/s"
     )
+    if quality is not None:
+        typer.echo(str(quality))
+
+
+@app.command("eval")
+def evaluate_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Quantized checkpoint.")],
+    reference: Annotated[str, typer.Option(help="Float checkpoint, hub id, or tiny.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; a piece of WikiText-2 without.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens of the text.")] = evaluate.TOKENS,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per context.")] = WINDOW,
+    min_top1: MinTop1 = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a quantized checkpoint with its original: KL divergence, same top-1 token, perplexity.
+
+    Each with its standard error.
+
+    Example: `unicorn eval gemma-3-4b-unicorn --reference google/gemma-3-4b-it --text wiki.txt --min-top1 0.95`
+    """
+    quality = evaluate.evaluate(folder, reference, text, tokens=tokens, window=window)
+    typer.echo(json.dumps(dataclasses.asdict(quality)) if as_json else str(quality))
+    evaluate.require(quality, min_top1)
 
 
 @app.command()

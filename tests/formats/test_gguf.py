@@ -173,6 +173,17 @@ def test_config_beside_the_file(folder: Path, tmp_path: Path) -> None:
     assert configs[0] == configs[1]
 
 
+def test_from_pretrained_then_compile(folder: Path) -> None:
+    """transformers dequantizes the file; quantizing that again finds the levels of Q4_0."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "q4", gguf_file="model.gguf", dtype=torch.float32).eval()
+    weight = model.model.layers[2].mlp.up_proj.weight.detach().clone()
+    compiled = torch.compile(model, backend="unicorn")
+    out = compiled.generate(torch.tensor([[2, 17, 900]]), max_new_tokens=2, do_sample=False)
+    assert out.shape == (1, 5)
+    module = model.model.layers[2].mlp.up_proj
+    assert module.scheme == "w4g32" and torch.equal(dequantize(module.packed, *module.weight_shape), weight)
+
+
 def test_infinite_scale(folder: Path, tmp_path: Path) -> None:
     def change(name: str, tensor: Any) -> tuple[Any, Any]:
         data = np.array(tensor.data)
