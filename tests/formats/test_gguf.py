@@ -51,7 +51,7 @@ def random_blocks(kind: Type, rows: int, k: int) -> np.ndarray:
 
 
 def test_q4_0_repacks_exactly() -> None:
-    for rows, k in ((1, 32), (16, 64), (37, 96)):
+    for rows, k in ((1, 32), (40, 32), (16, 64), (37, 96)):
         blocks = random_blocks(Type.Q4_0, rows, k)
         packed = repack_q4_0(torch.from_numpy(blocks))
         assert np.array_equal(dequantize(packed, rows, k).numpy(), gguf.quants.dequantize(blocks, Type.Q4_0))
@@ -77,6 +77,9 @@ def test_values_on_the_grid_of_q4_0_in_bf16() -> None:
 
 
 def test_q8_0_is_that_of_ggml() -> None:
+    assert np.array_equal(
+        _q8_0(torch.eye(32))[0].numpy(), gguf.quants.quantize(np.eye(32, dtype=np.float32), Type.Q8_0)
+    )
     x = torch.randn(7, 96)
     x[2, :32] = 0
     x[3, :32] = torch.arange(32) - 15.5  # ties

@@ -117,7 +117,8 @@ def to_q4_0(packed: list[Tensor]) -> Tensor:
     q, scales = unpack_w4g32(w, s, n, k32 * GROUP)
     nibbles = (q + W4_ZERO).to(torch.uint8).view(n, k32, 2, 16)
     halves = nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)
-    return torch.cat((scales.view(n, k32, 1).view(torch.uint8), halves), dim=-1).view(n, -1)
+    scale_bytes = scales.flatten().view(torch.uint8).view(n, k32, 2)
+    return torch.cat((scale_bytes, halves), dim=-1).view(n, -1)
 
 
 def _q8_0(rows: Rows) -> tuple[Tensor, Noise]:
@@ -132,7 +133,9 @@ def _q8_0(rows: Rows) -> tuple[Tensor, Noise]:
     q = torch.copysign(size.floor() + (2 * (size - size.floor())).floor(), scaled)  # half away from zero
     stored = d.half()
     error = x - q * stored.float()
-    blocks = torch.cat((stored.view(torch.uint8), q.to(torch.int8).view(torch.uint8)), dim=-1)
+    blocks = torch.cat(
+        (stored.flatten().view(torch.uint8).view(*x.shape[:2], 2), q.to(torch.int8).view(torch.uint8)), dim=-1
+    )
     return blocks.view(rows.shape[0], -1), (_squares(x), _squares(error))
 
 

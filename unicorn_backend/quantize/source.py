@@ -16,7 +16,7 @@ from transformers import AutoConfig
 
 from unicorn_backend import models
 from unicorn_backend.errors import CheckpointError
-from unicorn_backend.formats import gguf_model
+from unicorn_backend.formats import compressed_tensors, gguf_model
 from unicorn_backend.formats.safetensors import StoredTensor, folder_tensors
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -80,7 +80,11 @@ def open_source(name: str | Path) -> Source:
         return _open_gguf(str(name), path)
     tensors = folder_tensors(path)
     config = read_config(path)
-    if method := (getattr(config, "quantization_config", None) or {}).get("quant_method"):
+    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
+    if method == compressed_tensors.METHOD:
+        del config.quantization_config
+        tensors = compressed_tensors.merge(tensors)
+    elif method:
         raise CheckpointError(f"{path}: is quantized already ({method}); give the float checkpoint")
     return Source(str(name), config, dtype_of(config, tensors), tensors, folder=path)
 

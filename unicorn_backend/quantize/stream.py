@@ -142,6 +142,10 @@ def _target(name: str, source: Source, model: Skeleton) -> Target:
         from unicorn_backend.formats.gguf_out import GgufOut
 
         return GgufOut(source, model)
+    if name == "compressed-tensors":
+        from unicorn_backend.formats.compressed_tensors import CompressedTensorsOut
+
+        return CompressedTensorsOut(source, model)
     raise OptionError(f"format: got {name!r}, allowed are {', '.join(FORMATS)}")
 
 
