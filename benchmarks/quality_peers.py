@@ -1,4 +1,4 @@
-"""Write benchmarks/results/quality-peers-tiny.json: our GGUF files and llama.cpp's own, scored by llama.cpp.
+"""Write benchmarks/results/peers-tiny.json: our GGUF files and llama.cpp's own, scored by llama.cpp.
 
 Everything is measured by llama-perplexity's KL divergence against the bf16 export of the embedded model, so
 text, tokens and arithmetic are the same for all. The vocabulary table is Q8_0 everywhere.
@@ -19,7 +19,7 @@ from typing import Any
 from unicorn_backend import measure, models, quantize_checkpoint
 from unicorn_backend.formats.gguf import read_header
 
-RESULT = Path(__file__).parent / "results" / "quality-peers-tiny.json"
+RESULT = Path(__file__).parent / "results" / "peers-tiny.json"
 CONTEXT = "256"
 FIELDS = {
     "kl_mean": r"Mean\s+KLD:\s+([-\d.e]+) ±\s+([\d.e-]+)",
@@ -50,7 +50,7 @@ def _rows(folder: Path, llama: Path) -> list[dict[str, Any]]:
     quantize_checkpoint("tiny", folder / "bf16", "none", format="gguf")
     reference, base = folder / "bf16/model.gguf", folder / "base"
     _perplexity(llama, reference, text, "--kl-divergence-base", str(base))
-    files = {"bf16": reference}
+    files = {}
     for name, recipe in OURS.items():
         quantize_checkpoint("tiny", folder / recipe, recipe, format="gguf")
         files[name] = folder / recipe / "model.gguf"

@@ -106,7 +106,26 @@ def quantize(result: dict[str, Any]) -> str:
     return f"{caption}\n\n{table.markdown(header, rows)}"
 
 
-KINDS = {"decode": decode, "quality": quality, "quantize": quantize}
+def peers(result: dict[str, Any]) -> str:
+    """GGUF files of ours and of llama.cpp."""
+    header = ("GGUF file", "bits per weight in the layers", "KL divergence, nats", "same top-1 token")
+    rows = [
+        (
+            row["name"],
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['kl_mean']:.5f} ± {row['kl_mean_se']:.5f}",
+            f"{row['top1']:.1f}% ± {row['top1_se']:.1f}%",
+        )
+        for row in result["rows"]
+    ]
+    caption = (
+        f"{result['model']} as GGUF, scored by llama-perplexity against its bf16 export on {result['text']}; the "
+        "vocabulary table is Q8_0 in every file."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
+KINDS = {"peers": peers, "decode": decode, "quality": quality, "quantize": quantize}
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from tests.quantize.test_checkpoint import assert_same_state, vision_model
 from unicorn_backend import UnicornConfig, quantization_report, quantize, quantize_checkpoint, recipes, verify
 from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
+from unicorn_backend.formats import safetensors
 from unicorn_backend.formats.target import sharded
 from unicorn_backend.models import TINY
 from unicorn_backend.quantize import output, stream
@@ -196,6 +197,27 @@ def test_unusable_sources(source: Path, tmp_path: Path) -> None:
     (source / "config.json").unlink()
     with pytest.raises(CheckpointError, match=r"no config\.json"):
         quantize_checkpoint(source, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing/model.gguf", "no/such/place/at/all"])
+def test_hub_that_cannot_be_reached(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name}: no such folder"):
+        quantize_checkpoint(name, tmp_path / "out")
+
+
+def test_memory_is_a_few_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_blocks: None) -> None:
+    """No read is larger than a block (here less than the smallest matrix), and few are alive at a time."""
+    sizes: list[int] = []
+    real = safetensors.read_exactly
+
+    def read_exactly(path: Path, offset: int, into: torch.Tensor, name: str) -> None:
+        sizes.append(into.nbytes)
+        real(path, offset, into, name)
+
+    monkeypatch.setattr(safetensors, "read_exactly", read_exactly)
+    result = quantize_checkpoint("tiny", tmp_path / "out")
+    assert max(sizes) <= 2 * stream.BLOCK_BYTES < max(row["bytes_before"] for row in result["weights"]) / 10
+    assert sum(sizes) == result["totals"]["bytes_before"], "every byte is read once"
 
 
 def quantized(folder: Path) -> Path:
