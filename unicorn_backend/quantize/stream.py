@@ -1,7 +1,7 @@
 """Quantize a checkpoint from disk to disk, weight by weight, without ever holding the model.
 
-Three things overlap: a thread reads blocks of rows, this one packs them on all cores, another one writes
-them and takes checksums. Every scheme works row by row, so a block of rows packs to exactly the bytes that
+Each core reads and packs blocks of rows of its own, so that none waits for another; one more thread writes
+them in order and takes checksums. Every scheme works row by row, so a block of rows packs to exactly the bytes that
 the whole weight would: the files hold what `quantize(model)` and `save_pretrained` write, bit for bit, and
 the memory in use is a few blocks, whatever the size of the model.
 """
@@ -31,8 +31,8 @@ from unicorn_backend.quantize.schemes import ensure_kernels
 from unicorn_backend.quantize.skeleton import Skeleton, skeleton
 from unicorn_backend.quantize.source import Source, open_source
 
-BLOCK_BYTES = 1 << 25  # of the source: large enough to keep 16 cores busy, small beside any weight that matters
-AHEAD = 2  # blocks that are read ahead, and that wait to be written
+BLOCK_BYTES = 1 << 24  # of the source; one per core and a few more are in memory
+AHEAD = 2  # blocks beyond one per core that are packed, and that wait to be written
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 FORMATS = ("unicorn", "gguf", "compressed-tensors")
 SHARD_BYTES = 5_000_000_000
@@ -233,32 +233,37 @@ def _run(pieces: list[Piece], target: Target, output: Output, progress: bool | N
     blocks = (Block(piece, *rows) for piece in pieces for rows in piece.blocks())
     sums: list[Noise] = []
     pending: deque[Future[dict[str, Any] | None]] = deque()
-    with (
-        ThreadPoolExecutor(1, "read") as reader,
-        ThreadPoolExecutor(1, "write") as writer,
-        tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar,
-    ):
-        for block, rows in _ahead(reader, blocks):
-            encoded, noise = _encode(target, block, rows)
-            sums.append(noise)
-            pending.append(writer.submit(_write, output, target, block, encoded, sums if block.is_last else None))
-            if block.is_last:
-                sums = []
-            while len(pending) > AHEAD:
-                if record := pending.popleft().result():
+    threads = torch.get_num_threads()
+    try:
+        with (
+            ThreadPoolExecutor(threads, "pack", initializer=torch.set_num_threads, initargs=(1,)) as packers,
+            ThreadPoolExecutor(1, "write") as writer,
+            tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar,
+        ):
+            for block, (encoded, noise) in _ahead(packers, target, blocks, threads + AHEAD):
+                sums.append(noise)
+                pending.append(writer.submit(_write, output, target, block, encoded, sums if block.is_last else None))
+                if block.is_last:
+                    sums = []
+                while len(pending) > AHEAD:
+                    if record := pending.popleft().result():
+                        yield record
+                bar.update(block.stored_bytes)
+            for future in pending:
+                if record := future.result():
                     yield record
-            bar.update(block.stored_bytes)
-        for future in pending:
-            if record := future.result():
-                yield record
+    finally:
+        torch.set_num_threads(threads)  # the packers' setting is also the default of threads to come
 
 
-def _ahead(pool: ThreadPoolExecutor, blocks: Iterable[Block]) -> Iterator[tuple[Block, Rows]]:
-    """The blocks with their data, read `AHEAD` of their use."""
-    waiting: deque[tuple[Block, Future[Rows]]] = deque()
+def _ahead(
+    pool: ThreadPoolExecutor, target: Target, blocks: Iterable[Block], count: int
+) -> Iterator[tuple[Block, tuple[list[Encoded], Noise]]]:
+    """The blocks in order, read and packed, at most `count` of them before their use."""
+    waiting: deque[tuple[Block, Future[tuple[list[Encoded], Noise]]]] = deque()
     for block in blocks:
-        waiting.append((block, pool.submit(block.read)))
-        if len(waiting) > AHEAD:
+        waiting.append((block, pool.submit(_encode, target, block)))
+        if len(waiting) >= count:
             first, future = waiting.popleft()
             yield first, future.result()
     while waiting:
@@ -270,9 +275,9 @@ def _outputs(piece: Piece, target: Target) -> Mapping[str, tuple[torch.dtype, tu
     return target.outputs(piece.stored.name, piece.dtype, piece.stored.shape, piece.scheme)
 
 
-def _encode(target: Target, block: Block, rows: Rows) -> tuple[list[Encoded], Noise]:
-    """What is written of a block. QuantizationError, naming file and tensor, for NaN or Inf."""
-    stored, scheme = block.piece.stored, block.piece.scheme
+def _encode(target: Target, block: Block) -> tuple[list[Encoded], Noise]:
+    """Read a block and pack it. QuantizationError, naming file and tensor, for NaN or Inf."""
+    stored, scheme, rows = block.piece.stored, block.piece.scheme, block.read()
     first = block.first * (stored.shape[1] if scheme != FLOAT else 1)
     if isinstance(rows, list) or scheme == FLOAT:  # the quantizers look themselves
         for tensor in rows if isinstance(rows, list) else [rows]:
