@@ -51,6 +51,12 @@ std::atomic<const Kernels*>& chosen() {
 
 }  // namespace
 
+#if defined(__x86_64__)
+const int64_t prefetch_ahead = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 4096;
+#else
+const int64_t prefetch_ahead = 4096;
+#endif
+
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 
 const char* const* isas() { return tables().name; }

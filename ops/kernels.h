@@ -110,6 +110,9 @@ struct Kernels {
   int64_t (*dots)(int64_t steps);
 };
 
+// Bytes of weights to prefetch ahead of use: depends on the CPU, see impl/matmul.inl.
+extern const int64_t prefetch_ahead;
+
 // The table in use: the best that the CPU runs, unless set_isa chose another.
 const Kernels& kernels();
 // Names of the tables that this CPU runs, best first, ended by null.

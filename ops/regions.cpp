@@ -1,5 +1,5 @@
 // The fused ops: who does what in which order. Work is split over tiles of the weight or over tokens, never
-// over K, so the bits do not depend on the number of threads.
+// over K, so the bits do not depend on the number of threads nor on who gets to a piece first.
 #include "threads.h"
 
 namespace unicorn {
@@ -10,6 +10,16 @@ int64_t tiles(int64_t n) { return (n + kRows - 1) / kRows; }
 
 // Multiply-adds below which one thread is faster: a team starts and joins in about 5 us, a core does 1e11 per second.
 constexpr int64_t kSerial = 500'000;
+
+// Threads take no less than this of a weight at a time: some 4 us of reading for one core.
+constexpr int64_t kPieceBytes = 64 << 10;
+
+// The tiles of a weight, `width` of them to an item.
+Queue tile_queue(const Weight& w, int threads, int64_t width = 1) {
+  const int64_t groups = (w.k + kGroup - 1) / kGroup;
+  const int64_t bytes = width * groups * (w.scheme == Scheme::w4g32 ? kW4GroupBytes : kW8GroupBytes);
+  return Queue((tiles(w.n) + width - 1) / width, kPieceBytes / bytes, threads);
+}
 
 int64_t work_of(const Rows& x, const Weight& w) { return x.rows * w.n * w.k; }
 int team_of(int threads, int64_t work) { return work < kSerial ? 1 : threads; }
@@ -84,9 +94,10 @@ void run_linear(const Rows& x, const Norm& norm, const Weight& w, Array bias, co
   const bool direct = rounds_only(post);
   const auto buffers = carve<LinearBuffers>(workspace, x, w.n, direct, threads);
   const Out target = direct ? out : Out{buffers.sum, DType::f32};
+  Queue queue = tile_queue(w, threads);
   parallel(threads, [&](const Team& team) {
     const Activations a = buffers.input.quantize(team, x, norm);
-    kernels().linear({w, bias, a, target, w.n}, team.share(tiles(w.n)));
+    queue.drain(team, [&](Range tiles) { kernels().linear({w, bias, a, target, w.n}, tiles); });
     if (direct) return;
     team.barrier();
     kernels().norm({{buffers.sum, DType::f32}, x.rows, w.n}, post, out, team.share(x.rows));
@@ -99,12 +110,14 @@ void run_ffn(const FfnArgs& args, Workspace& workspace, int threads) {
   const auto buffers = carve<FfnBuffers>(workspace, args, threads);
   const Out target = direct ? args.out : Out{buffers.sum, DType::f32};
   const int64_t n = args.down.n;
+  Queue gate_queue = tile_queue(args.gate, threads, kGroup / kRows), down_queue = tile_queue(args.down, threads);
   parallel(threads, [&](const Team& team) {
     const Activations a = buffers.input.quantize(team, args.x, args.norm);
-    kernels().gate({args.gate, args.up, args.gate_bias, args.up_bias, args.act, a, buffers.product},
-                   team.share(buffers.product.groups));
+    const GateArgs gate{args.gate, args.up, args.gate_bias, args.up_bias, args.act, a, buffers.product};
+    gate_queue.drain(team, [&](Range groups) { kernels().gate(gate, groups); });
     team.barrier();
-    kernels().linear({args.down, args.down_bias, buffers.product, target, n}, team.share(tiles(n)));
+    const LinearArgs down{args.down, args.down_bias, buffers.product, target, n};
+    down_queue.drain(team, [&](Range tiles) { kernels().linear(down, tiles); });
     if (direct) return;
     team.barrier();
     kernels().norm({{buffers.sum, DType::f32}, args.x.rows, n}, args.post, args.out, team.share(args.x.rows));
@@ -116,16 +129,18 @@ void run_qkv(const QkvArgs& args, Workspace& workspace, int threads) {
   const auto buffers = carve<QkvBuffers>(workspace, args, threads);
   int64_t first[4] = {0};  // the tiles of q, k and v one after another
   for (int i = 0; i < 3; ++i) first[i + 1] = first[i] + tiles(args.part[i].w.n);
+  Queue queue(first[3], 8, threads);
   parallel(threads, [&](const Team& team) {
     const Activations a = buffers.input.quantize(team, args.x, args.norm);
-    const Range mine = team.share(first[3]);
-    for (int i = 0; i < 3; ++i) {
-      const Projection& p = args.part[i];
-      const int64_t begin = mine.begin > first[i] ? mine.begin : first[i];
-      const int64_t end = mine.end < first[i + 1] ? mine.end : first[i + 1];
-      if (begin >= end) continue;
-      kernels().linear({p.w, p.bias, a, {buffers.part[i], DType::f32}, p.w.n}, {begin - first[i], end - first[i]});
-    }
+    queue.drain(team, [&](Range tiles) {
+      for (int i = 0; i < 3; ++i) {
+        const Projection& p = args.part[i];
+        const int64_t begin = tiles.begin > first[i] ? tiles.begin : first[i];
+        const int64_t end = tiles.end < first[i + 1] ? tiles.end : first[i + 1];
+        if (begin >= end) continue;
+        kernels().linear({p.w, p.bias, a, {buffers.part[i], DType::f32}, p.w.n}, {begin - first[i], end - first[i]});
+      }
+    });
     team.barrier();
     for (int i = 0; i < 3; ++i) {
       const Projection& p = args.part[i];

@@ -7,7 +7,8 @@
 //   reduce_add(vf)     the 16 lanes in one fixed tree
 //   amax(vf, vf)       the largest |lane|; a NaN counts as largest
 //   pack(vf, vf, q)    32 integers in [-127, 127] -> int8; returns their sum
-//   Group4, Group8     a group of 16 rows x 32 k in registers; dot4 / dot8 with 32 signed activations
+//   Group4, Group8     a group of 16 rows x 32 k in registers; dots4 / dots8: with 32 signed activations of
+//                      each of T tokens, T up to kInterleaved
 //   dot8_offset        the per-row part of a zero point, from what load_zero gave
 #pragma GCC diagnostic ignored "-Wunused-function"
 #define INLINE inline __attribute__((always_inline))
@@ -18,4 +19,17 @@
 #include "impl/simd_avx2.inl"
 #else
 #include "impl/simd_portable.inl"
+#endif
+
+#ifndef UNICORN_AVX512  // one token at a time
+template <int T>
+INLINE void dots4(const Group4& g, const int8_t* a, const int32_t* sum8, vi* sum) {
+  static_assert(T == 1);
+  *sum = dot4(g, a, *sum8);
+}
+template <int T>
+INLINE void dots8(const Group8& g, const int8_t* a, vi* sum) {
+  static_assert(T == 1);
+  *sum = dot8(g, a, *sum);
+}
 #endif

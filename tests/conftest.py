@@ -9,6 +9,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["UNICORN_CACHE"] = "0"  # every test compiles; test_compile_cache.py turns it on for its processes
 
 from collections.abc import Callable, Iterator
 from typing import Any

@@ -18,9 +18,10 @@ from unicorn_backend import assets
 from unicorn_backend.errors import StrictModeError
 from unicorn_backend.graph.capture import normalise
 from unicorn_backend.graph.describe import describe, parameter_names
+from unicorn_backend.graph.lower import lower
 from unicorn_backend.graph.pattern import Reason
 from unicorn_backend.graph.rewrite import rewrite
-from unicorn_backend.integration import prepare, torch_hooks
+from unicorn_backend.integration import compile_cache, prepare, torch_hooks
 from unicorn_backend.options import Options
 from unicorn_backend.plan import Left, Plan
 
@@ -57,15 +58,29 @@ def unicorn(
     names = dict(zip(placeholders, parameter_names(gm), strict=True))
     plan = describe(normal, names, taken.reasons, next(_numbers))
     _report(plan, parsed)
+    compile_cache.graph_made(normal, plan)
+    return finish(normal, plan)
+
+
+def load(normal: GraphModule, plan: Plan, options: Options) -> Callable[..., Any]:
+    """The same end for a graph that the compile cache kept."""
+    plan.graph = next(_numbers)
+    _report(plan, options)
     return finish(normal, plan)
 
 
 def finish(normal: GraphModule, plan: Plan) -> Callable[..., Any]:
-    """The callable that Dynamo will run for `plan`: the graph's own generated Python.
+    """The callable that Dynamo will run for `plan`: a native program, or the graph's own generated Python.
+
+    `normal` may come from the compile cache: its nodes have no `meta` then.
 
     Why not Inductor for what is left beside our ops: it needed 76-189 s for one decode graph of a stock
     26-layer model on two cores, and what is left is about 8 small torch ops per layer at 1-3 us each.
     """
+    lowered = lower(normal)
+    if not isinstance(lowered, str):
+        return lowered
+    log.info("graph %d runs as generated Python: %s", plan.graph, lowered)
     run: Callable[..., Any] = normal.forward
     return run
 
@@ -116,3 +131,4 @@ def _report(plan: Plan, options: Options) -> None:
 
 assets.load_native()
 torch_hooks.install()
+compile_cache.install(torch_hooks.options_of_callback, load)

@@ -55,14 +55,14 @@ class Stopwatch:
 def generate_timed(model: Any, ids: torch.Tensor, new_tokens: int, **settings: Any) -> Timing:
     """Greedy generation of exactly `new_tokens` from ids [1, T]."""
     watch = Stopwatch()
-    settings = {"do_sample": False, "min_new_tokens": new_tokens, **settings}
+    settings = {"do_sample": False, "eos_token_id": None, **settings}
     model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, streamer=watch, **settings)
     return watch.timing(ids.shape[1])
 
 
 def last_logits_hash(model: Any, ids: torch.Tensor, new_tokens: int, **settings: Any) -> str:
     """SHA-256 (12 hex digits) of the last step's logits: two builds that agree here computed the same thing."""
-    settings = {"do_sample": False, "min_new_tokens": new_tokens, **settings}
+    settings = {"do_sample": False, "eos_token_id": None, **settings}
     out = model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
@@ -94,7 +94,7 @@ def read_bandwidth(size_bytes: int = 1 << 30, passes: int = 5) -> float:
     Anything that disturbs a pass only lowers it, so the best one is the one to call the ceiling.
     """
     assets.load_native()
-    data = torch.ones(size_bytes // 4)
+    data = torch.classes.unicorn.Arena([size_bytes]).place(torch.ones(size_bytes // 4))  # huge pages, as the weights
     seconds = []
     for _ in range(passes):
         start = time.perf_counter()

@@ -92,6 +92,19 @@ LIBRARY.define(
     f"{_POST}) -> Tensor"
 )
 
+# Rows of a KV cache, [B, H, S, D]. What these two return is dense in its last two dims and has room behind it, so
+# that appending to it copies the new rows only; values are never shared: each result stays what it was.
+# append_rows: the first `filled` rows of past are written -> their last `keep`, then `rows` [B, H, T, D].
+# last_rows: the last min(S, count) rows of x.
+LIBRARY.define("append_rows(Tensor past, Tensor rows, SymInt filled, SymInt keep) -> Tensor")
+LIBRARY.define("last_rows(Tensor x, SymInt count) -> Tensor")
+
+# The window of a static cache, [B, H, L, D], contiguous, tokens in order, in place.
+# push_window_: it holds the last min(seen, L) tokens; appends one, dropping the oldest if it is full.
+# set_window_: the last min(S, L) rows of full [B, H, S, D] become its first rows.
+LIBRARY.define("push_window_(Tensor(a!) cache, Tensor row, SymInt seen) -> ()")
+LIBRARY.define("set_window_(Tensor(a!) cache, Tensor full) -> ()")
+
 # For tests and benchmarks: force an instruction set ("" = the best; returns the one in use), list those
 # of this CPU, an activation elementwise (fp32, a multiple of 16 values), read all bytes of a tensor,
 # int8 multiply-adds from registers (returns their number).
@@ -183,3 +196,23 @@ def _int4_ffn_fake(
 ) -> Tensor:
     torch._check(act in ACTIVATIONS, lambda: f"int4_ffn: act must be one of {ACTIVATIONS}, got {act!r}")
     return x.new_empty((*x.shape[:-1], n))
+
+
+def _with_room(x: Tensor, rows: torch.SymInt | int) -> Tensor:
+    b, h, _, d = x.shape
+    head = (rows + 1) * d  # how much room there is shows at run time only
+    return x.new_empty_strided((b, h, rows, d), (h * head, head, d, 1))
+
+
+@torch.library.register_fake("unicorn::append_rows")
+def _append_rows_fake(past: Tensor, rows: Tensor, filled: int, keep: int) -> Tensor:
+    return _with_room(rows, torch.sym_min(filled, keep) + rows.shape[2])
+
+
+@torch.library.register_fake("unicorn::last_rows")
+def _last_rows_fake(x: Tensor, count: int) -> Tensor:
+    return _with_room(x, torch.sym_min(x.shape[2], count))
+
+
+torch.library.register_fake("unicorn::push_window_", lambda cache, row, seen: None)
+torch.library.register_fake("unicorn::set_window_", lambda cache, full: None)

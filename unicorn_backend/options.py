@@ -6,6 +6,7 @@ import dataclasses
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from unicorn_backend.errors import OptionError
@@ -19,6 +20,16 @@ def forced_isa() -> str:
     return os.environ.get("UNICORN_ISA", "")
 
 
+def cache_folder() -> Path | None:
+    """UNICORN_CACHE_DIR: where compiled graphs are kept; UNICORN_CACHE=0 keeps none."""
+    if os.environ.get("UNICORN_CACHE", "1").lower() in ("0", "off", "false", "no"):
+        return None
+    folder = os.environ.get("UNICORN_CACHE_DIR")
+    if folder:
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unicorn_backend"
+
+
 @dataclass(frozen=True)
 class Options:
     """`torch.compile(model, backend="unicorn", options={...})`.
@@ -30,6 +41,7 @@ class Options:
     strict: raise `StrictModeError` where something would be left to plain torch with a reason.
     keep_weights: keep the original float weights, so that `unicorn_backend.restore(model)` can
         put them back (costs their memory).
+    cache: keep compiled graphs on disk for the next process.
     """
 
     recipe: str | None = None
@@ -37,6 +49,7 @@ class Options:
     policy: str = "speed"
     strict: bool = False
     keep_weights: bool = False
+    cache: bool = True
 
     def __post_init__(self) -> None:
         from unicorn_backend.quantize.recipe import recipes
@@ -50,7 +63,7 @@ class Options:
             raise OptionError(f"option 'devices': got {unknown[0]!r}, allowed are {', '.join(DEVICES)}")
         if self.policy not in POLICIES:
             raise OptionError(f"option 'policy': got {self.policy!r}, allowed are {', '.join(POLICIES)}")
-        for name in ("strict", "keep_weights"):
+        for name in ("strict", "keep_weights", "cache"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name!r}: got {getattr(self, name)!r}, allowed are True and False")
 

@@ -1,9 +1,10 @@
 // Quantized activations times packed weights: 16 rows of the weight against up to kMaxTokens tokens at a time.
 // Per group the 32 products add up in int32, exactly; the groups add up in fp32 in ascending order.
 
-// Bytes ahead of the current group that are prefetched: decode of w4g32 on one core reads 23-28 GB/s with 2048,
-// 31-35 with 4096, 27-38 with 8192 (a core reads at most 38).
-constexpr int64_t kAhead = 4096;
+// Bytes ahead of the current group that are prefetched. Decode of w4g32 on one Zen 5 core reads 23-28 GB/s with 2048,
+// 31-35 with 4096, 27-38 with 8192 (a core reads at most 38); two Sapphire Rapids cores read 33 GB/s with 1024 or
+// 2048, 30 with 4096, 26 with 8192 (at most 37): there a prefetch beyond the page stops the hardware prefetcher.
+// The choice is in dispatch.cpp.
 
 template <Scheme S>
 constexpr int64_t group_bytes() {
@@ -24,24 +25,40 @@ struct Cursor {
   }
 };
 
+// Tokens whose products are interleaved: a divisor of T, at most kInterleaved.
+template <int T>
+constexpr int together() {
+  int best = 1;
+  for (int t = 2; t <= kInterleaved && t <= T; ++t) best = T % t == 0 ? t : best;
+  return best;
+}
+
 template <int T>
 INLINE void add_group4(const uint8_t* p, const uint16_t* scales, const Cursor& a, vf* sum) {
+  constexpr int U = together<T>();
   const Group4 w = load4(p);
   const vf scale = load_f16(scales);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    const vf dot = to_float(dot4(w, a.q + kGroup * t, a.sum8[t]));
-    sum[t] = fma(mul(dot, set(a.scale[t])), scale, sum[t]);
+  for (int t = 0; t < T; t += U) {
+    vi dot[U];
+    dots4<U>(w, a.q + kGroup * t, a.sum8 + t, dot);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum[t + u] = fma(mul(to_float(dot[u]), set(a.scale[t + u])), scale, sum[t + u]);
   }
 }
 
 template <int T, bool kMiddle>
 INLINE void add_group8(const uint8_t* p, vi zero_point, const Cursor& a, vf* sum) {
+  constexpr int U = together<T>();
   const Group8 w = load8(p);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) {
-    const vi dot = dot8(w, a.q + kGroup * t, dot8_offset<kMiddle>(zero_point, a.sum8[t]));
-    sum[t] = fma(to_float(dot), set(a.scale[t]), sum[t]);
+  for (int t = 0; t < T; t += U) {
+    vi dot[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) dot[u] = dot8_offset<kMiddle>(zero_point, a.sum8[t + u]);
+    dots8<U>(w, a.q + kGroup * t, dot);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum[t + u] = fma(to_float(dot[u]), set(a.scale[t + u]), sum[t + u]);
   }
 }
 
@@ -54,8 +71,9 @@ void tile_times(const Weight& w, int64_t tile, Cursor a, int64_t groups, float* 
   vf sum[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) sum[t] = zero();
+  const int64_t distance = prefetch_ahead;
   for (int64_t g = 0; g < groups; ++g, a.next()) {
-    for (int64_t i = 0; i < group_bytes<S>(); i += 64) __builtin_prefetch(p + kAhead + i);
+    for (int64_t i = 0; i < group_bytes<S>(); i += 64) __builtin_prefetch(p + distance + i);
     if (S == Scheme::w4g32) {
       add_group4<T>(p, scales, a, sum);
       scales += kRows;

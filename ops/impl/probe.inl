@@ -2,12 +2,13 @@
 
 uint64_t read(const uint64_t* data, int64_t words) {
   const float* p = reinterpret_cast<const float*>(data);
+  const int64_t distance = prefetch_ahead / 4;
   vf a = zero(), b = zero(), c = zero(), d = zero();
   for (int64_t i = 0; i + 64 <= 2 * words; i += 64) {
-    __builtin_prefetch(p + i + kAhead / 4);
-    __builtin_prefetch(p + i + kAhead / 4 + 16);
-    __builtin_prefetch(p + i + kAhead / 4 + 32);
-    __builtin_prefetch(p + i + kAhead / 4 + 48);
+    __builtin_prefetch(p + i + distance);
+    __builtin_prefetch(p + i + distance + 16);
+    __builtin_prefetch(p + i + distance + 32);
+    __builtin_prefetch(p + i + distance + 48);
     a = max(a, load(p + i));
     b = max(b, load(p + i + 16));
     c = max(c, load(p + i + 32));

@@ -7,6 +7,7 @@ struct vi {
   __m256i a, b;
 };
 constexpr int kMaxTokens = 4;
+constexpr int kInterleaved = 1;
 
 INLINE __m256i set32(int32_t x) { return _mm256_set1_epi32(x); }
 INLINE vf set(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }

@@ -7,6 +7,7 @@ struct vi {
   int32_t v[16];
 };
 constexpr int kMaxTokens = 4;
+constexpr int kInterleaved = 1;
 
 #define LANES for (int i = 0; i < 16; ++i)
 

@@ -8,11 +8,15 @@ KV cache and makes matching harder.)
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
+from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 
@@ -22,13 +26,36 @@ def normalise(gm: GraphModule) -> GraphModule | str:
     mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
     if mode is None:
         return "no tensor inputs"
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _no_tensor_meta():
         normal = make_fx(gm, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     # Inside a functorch transform (vmap, as transformers uses for image-token masks) values escape the tracer
     # and end up as constants without data.
     if any(isinstance(_constant(normal, node), FakeTensor) for node in normal.graph.nodes if node.op == "get_attr"):
         return "a functorch transform (vmap) in the graph cannot be traced to ATen operators"
     return normal
+
+
+_quiet = threading.local()
+_plain_metadata = getattr(proxy_tensor, "_extract_tensor_metadata", None)
+
+
+@contextlib.contextmanager
+def _no_tensor_meta() -> Iterator[None]:
+    """Leave `meta["tensor_meta"]` out: nobody reads it, and with symbolic sizes it is a quarter of make_fx's time."""
+    _quiet.on = True
+    try:
+        yield
+    finally:
+        _quiet.on = False
+
+
+def _metadata(*args: Any, **kwargs: Any) -> Any:
+    assert _plain_metadata is not None
+    return None if getattr(_quiet, "on", False) else _plain_metadata(*args, **kwargs)
+
+
+if _plain_metadata is not None:
+    setattr(proxy_tensor, "_extract_tensor_metadata", _metadata)  # noqa: B010  (not exported by that module)
 
 
 def _constant(gm: GraphModule, node: torch.fx.Node) -> Any:

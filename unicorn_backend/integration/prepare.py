@@ -22,6 +22,7 @@ from unicorn_backend.integration import transformers_hooks
 from unicorn_backend.integration.norms import fuse_norm_modules
 from unicorn_backend.options import Options
 from unicorn_backend.plan import Plan
+from unicorn_backend.quantize.memory import into_huge_pages
 from unicorn_backend.quantize.modules import QuantEmbedding, QuantLinear
 from unicorn_backend.quantize.recipe import NONE
 from unicorn_backend.quantize.rewrite import is_language_model, quantize
@@ -81,6 +82,7 @@ def prepare(root: nn.Module, options: Options) -> bool:
         if recipe != NONE:
             quantize(root, recipe, keep_weights=options.keep_weights)
         fused = fuse_norm_modules(root)
+        into_huge_pages(root)
     _notes.pop(root, None)
     log.info("prepared %s: recipe %s, %d norms fused", type(root).__name__, recipe, fused)
     return True

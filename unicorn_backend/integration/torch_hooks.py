@@ -15,11 +15,13 @@ from __future__ import annotations
 
 import functools
 import logging
+from logging import DEBUG
 from typing import Any
 
 import torch
 from torch._dynamo import config
 from torch._dynamo.eval_frame import OptimizeContext, OptimizedModule, innermost_backend
+from torch._dynamo.side_effects import side_effects_log
 from torch.fx.experimental import _config as shape_config
 
 from unicorn_backend.integration import prepare
@@ -45,9 +47,13 @@ def install() -> None:
 
 def options_of(context: Any) -> Options | None:
     """The options that `torch.compile` was called with, or None if its backend is not ours."""
+    return options_of_callback(getattr(context, "callback", None))
+
+
+def options_of_callback(callback: Any) -> Options | None:
+    """The same for the compiler function that Dynamo was given."""
     from unicorn_backend.backend import unicorn
 
-    callback = getattr(context, "callback", None)
     backend = innermost_backend(callback) if callable(callback) else None
     kwargs = getattr(backend, "kwargs", {})
     if getattr(backend, "compiler_fn", backend) is not unicorn:
@@ -66,6 +72,9 @@ def _hook_context() -> None:
             return
         self._unicorn_session = prepare.Session(options)
         changes: dict[str, Any] = {"recompile_limit": RECOMPILE_LIMIT, "specialize_float": True}
+        if getattr(config, "side_effect_replay_policy", "") == "info" and not side_effects_log.isEnabledFor(DEBUG):
+            # Messages on every cache update with formatted stacks, made and thrown away: 4 % of tracing 26 layers.
+            changes["side_effect_replay_policy"] = "silent"
         if kwargs.get("dynamic") is None:
             changes["assume_static_by_default"] = False
         self.enter_exit_hooks.append(config._make_closure_patcher(**changes))

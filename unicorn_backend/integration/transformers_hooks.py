@@ -15,71 +15,13 @@ from __future__ import annotations
 
 import logging
 import sys
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from unicorn_backend import ops
-
 log = logging.getLogger(__name__)
-
-# push_window_: cache [B, H, L, D] holds the last min(seen, L) tokens in order; appends new [B, H, 1, D],
-# dropping the oldest token if it is full. In place.
-ops.LIBRARY.define("push_window_(Tensor(a!) cache, Tensor new, SymInt seen) -> ()")
-
-# window_cat: past [B, H, S, D] of which the first `filled` rows are written, new [B, H, T, D]
-# -> [B, H, min(filled, keep) + T, D], contiguous: the last `keep` written rows, then the new ones.
-ops.LIBRARY.define("window_cat(Tensor past, Tensor new, SymInt filled, SymInt keep) -> Tensor")
-
-# set_window_: the last min(S, L) rows of full [B, H, S, D] become the first rows of cache [B, H, L, D].
-ops.LIBRARY.define("set_window_(Tensor(a!) cache, Tensor full) -> ()")
-
-# last_rows: x [B, H, S, D] -> a contiguous copy of its last min(S, count) rows.
-ops.LIBRARY.define("last_rows(Tensor x, SymInt count) -> Tensor")
-
-
-def _push_window(cache: Tensor, new: Tensor, seen: int) -> None:
-    length = cache.shape[2]
-    if seen >= length:
-        cache.copy_(cache.roll(-1, 2))
-    cache[:, :, min(seen, length - 1)] = new[:, :, 0]
-
-
-def _window_cat(past: Tensor, new: Tensor, filled: int, keep: int) -> Tensor:
-    return torch.cat([past[:, :, max(filled - keep, 0) : filled], new], dim=2)
-
-
-def _set_window(cache: Tensor, full: Tensor) -> None:
-    rows = min(full.shape[2], cache.shape[2])
-    cache[:, :, :rows] = full[:, :, full.shape[2] - rows :]
-
-
-def _last_rows(x: Tensor, count: int) -> Tensor:
-    return x[:, :, max(x.shape[2] - count, 0) :].clone(memory_format=torch.contiguous_format)
-
-
-def _window_cat_fake(past: Tensor, new: Tensor, filled: int, keep: int) -> Tensor:
-    rows = torch.sym_min(filled, keep) + new.shape[2]
-    return new.new_empty((new.shape[0], new.shape[1], rows, new.shape[3]))
-
-
-def _last_rows_fake(x: Tensor, count: int) -> Tensor:
-    return x.new_empty((x.shape[0], x.shape[1], torch.sym_min(x.shape[2], count), x.shape[3]))
-
-
-_KERNELS: dict[str, Any] = {
-    "push_window_": _push_window,
-    "window_cat": _window_cat,
-    "set_window_": _set_window,
-    "last_rows": _last_rows,
-}
-for _name, _kernel in _KERNELS.items():
-    torch.library.impl(ops.LIBRARY, _name, "CompositeExplicitAutograd")(_kernel)
-torch.library.register_fake("unicorn::push_window_", lambda cache, new, seen: None, lib=ops.LIBRARY)
-torch.library.register_fake("unicorn::set_window_", lambda cache, full: None, lib=ops.LIBRARY)
-torch.library.register_fake("unicorn::window_cat", _window_cat_fake, lib=ops.LIBRARY)
-torch.library.register_fake("unicorn::last_rows", _last_rows_fake, lib=ops.LIBRARY)
 
 
 def install() -> bool:
@@ -88,61 +30,80 @@ def install() -> bool:
     masks: Any = sys.modules.get("transformers.masking_utils")
     if caches is None or masks is None or getattr(caches, "_unicorn_installed", False):
         return False
-    dynamic, static = caches.DynamicSlidingWindowLayer, caches.StaticSlidingWindowLayer
-    new_dynamic: Any = type("_Dynamic", (dynamic,), _dynamic_methods())
+    full, sliding, static = caches.DynamicLayer, caches.DynamicSlidingWindowLayer, caches.StaticSlidingWindowLayer
+    new_full: Any = type("_Full", (full,), _growing(full, lambda self, tokens: (None, None)))
+    new_sliding: Any = type("_Sliding", (sliding,), _sliding_methods(sliding))
     new_static: Any = type("_Static", (static,), _static_methods())
-    same_dynamic = _agrees(lambda: dynamic(4), lambda: new_dynamic(4))
-    if not (same_dynamic and _agrees(lambda: static(9, 4), lambda: new_static(9, 4))):
+    pairs = ((full, new_full, ()), (sliding, new_sliding, (4,)), (static, new_static, (9, 4)))
+    if not all(_agrees(partial(old, *args), partial(new, *args)) for old, new, args in pairs):
         log.warning(
-            "transformers %s changed its sliding-window caches: expect up to 4 more graphs when a window fills",
+            "transformers %s changed its caches: expect up to 4 more graphs when a window fills, and slower decoding",
             sys.modules["transformers"].__version__,
         )
         return False
-    for old, new in ((dynamic, new_dynamic), (static, new_static)):
+    for old, new, _ in pairs:
         old.update, old.get_mask_sizes = new.update, new.get_mask_sizes
-    for layer in (caches.DynamicLayer, dynamic):
+    for layer in (full, sliding):
         _hook_crop(layer)
     _hook_mask_skip(masks)
     caches._unicorn_installed = True
     return True
 
 
-def _dynamic_methods() -> dict[str, Any]:
-    """The layer keeps `sliding_window` tokens (transformers: one fewer), so that no update slices a view."""
+def _growing(layer: type, visible: Any) -> dict[str, Any]:
+    """`update` of a dynamic layer: `append_rows` in place of a copy of the whole cache per token.
+
+    `visible(self, tokens)` -> how many of the latest rows are kept, and how many are returned.
+    """
+    plain = layer.update  # type: ignore[attr-defined]
 
     def update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        tokens, past = key_states.shape[-2], self.sliding_window - 1
-        keep = self.cumulative_length + tokens if self.record_past else past
-        if self.is_initialized and self.keys.dim() == key_states.dim():
-            filled = self.keys.shape[2]
-            keys = torch.ops.unicorn.window_cat(self.keys, key_states, filled, keep)
-            values = torch.ops.unicorn.window_cat(self.values, value_states, filled, keep)
+        if key_states.device.type != "cpu" or (torch.is_grad_enabled() and key_states.requires_grad):
+            result: tuple[Tensor, Tensor] = plain(self, key_states, value_states, *args, **kwargs)
+            return result
+        grown = []
+        tokens = key_states.shape[-2]
+        keep, shown = visible(self, tokens)
+        for past, new in ((self.keys, key_states), (self.values, value_states)):
+            if self.is_initialized and past.dim() == new.dim():
+                grown.append(torch.ops.unicorn.append_rows(past, new, past.shape[-2], past.shape[-2]))
+            else:
+                grown.append(torch.ops.unicorn.last_rows(new, tokens))
+        if not self.is_initialized:  # what lazy_initialization does, without making empty tensors
+            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        if keep is None:
+            self.keys, self.values = grown
         else:
-            self.lazy_initialization(key_states, value_states)
-            keys, values = key_states, value_states
+            self.keys, self.values = (torch.ops.unicorn.last_rows(t, keep) for t in grown)
+        if shown is None:
+            return grown[0], grown[1]
+        return torch.ops.unicorn.last_rows(grown[0], shown), torch.ops.unicorn.last_rows(grown[1], shown)
+
+    return {"update": update}
+
+
+def _sliding_methods(layer: type) -> dict[str, Any]:
+    def visible(self: Any, tokens: int) -> tuple[int | None, int | None]:
         self.cumulative_length += tokens
-        self.keys, self.values = keys, values
-        if self.record_past:
-            keys, values = (torch.ops.unicorn.last_rows(t, past + tokens) for t in (keys, values))
-        elif tokens > 1:
-            self.keys, self.values = (torch.ops.unicorn.last_rows(t, past + 1) for t in (keys, values))
-        return keys, values
+        past = self.sliding_window - 1
+        return (None, past + tokens) if self.record_past else (past, None)
 
     def get_mask_sizes(self: Any, query_length: int) -> tuple[int, int]:
         past = self.sliding_window - 1
         return min(self.cumulative_length, past) + query_length, max(self.cumulative_length - past, 0)
 
-    return {"update": update, "get_mask_sizes": get_mask_sizes}
+    return {**_growing(layer, visible), "get_mask_sizes": get_mask_sizes}
 
 
 def _hook_crop(layer: Any) -> None:
-    """`crop` leaves views; a view and a whole tensor are two graphs, so what stays is made whole."""
+    """`crop` slices, and a slice with an offset is another graph: its rows are shown as a tensor of their own."""
     plain = layer.crop
 
     def crop(self: Any, *args: Any, **kwargs: Any) -> None:
         plain(self, *args, **kwargs)
-        if self.is_initialized:
-            self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+        if self.is_initialized and self.keys.dim() == 4 and self.keys.device.type == "cpu":
+            self.keys = torch.ops.unicorn.last_rows(self.keys, self.keys.shape[2])
+            self.values = torch.ops.unicorn.last_rows(self.values, self.values.shape[2])
 
     layer.crop = crop
 
@@ -176,7 +137,7 @@ def _append(cache: Tensor, new: Tensor, seen: int, length: int) -> Tensor:
     if seen == 0:
         full = new
     else:
-        full = torch.ops.unicorn.window_cat(cache, new, min(seen, length), length - 1)
+        full = torch.ops.unicorn.append_rows(cache, new, min(seen, length), length - 1)
     torch.ops.unicorn.set_window_(cache, full)
     return full
 
@@ -214,5 +175,4 @@ def _same_update(old: Any, new: Any, states: Tensor, position: int) -> bool:
     valid = min(old_length, position + count - old_offset)  # beyond: never written, masked out
     same_view = torch.equal(old_keys[:, :, :valid], new_keys[:, :, :valid])
     written = min(position + count, old.keys.shape[2])
-    extra = 0 if hasattr(old, "max_cache_len") else new.keys.shape[2] - old.keys.shape[2]
-    return same_view and torch.equal(old.keys[:, :, :written], new.keys[:, :, extra : extra + written])
+    return same_view and torch.equal(old.keys[:, :, :written], new.keys[:, :, :written])

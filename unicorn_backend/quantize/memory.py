@@ -1,4 +1,4 @@
-"""Pages of dropped weights that were mapped from a file.
+"""Where weights lie: packed ones in huge pages, and pages of dropped ones that were mapped from a file.
 
 `from_pretrained` maps the whole safetensors file, and the mapping lives as long as any of its tensors
 (the norms stay). Anonymous memory goes back when a weight is dropped; mapped pages would stay resident
@@ -13,9 +13,13 @@ import mmap
 from pathlib import Path
 
 import torch
+from torch import nn
+
+from unicorn_backend.quantize.modules import BUFFERS, QuantEmbedding, QuantLinear
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4  # Linux
+_HUGE_PAGE = 2 << 20
 _OURS = 1  # use count of a storage that nothing but our handle holds
 
 
@@ -49,3 +53,29 @@ class MappedFiles:
         libc = ctypes.CDLL(None)
         result: int = libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
         return result == 0
+
+
+def into_huge_pages(model: nn.Module) -> int:
+    """Move the packed weights of `model` into one block of huge pages, in module order. Returns the bytes moved.
+
+    Decode reads every weight once per token, and reads 2 MB pages 5 to 20 % faster than 4 KB pages. Each tensor
+    is let go as soon as it is copied, so the peak grows by one weight. Tied modules stay tied.
+    """
+    arena = torch.classes.unicorn.Arena
+    users: dict[int, list[tuple[nn.Module, str]]] = {}
+    tensors: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for name in BUFFERS if isinstance(module, (QuantLinear, QuantEmbedding)) else ():
+            tensor = module._buffers.get(name)
+            if tensor is not None and tensor.device.type == "cpu" and not arena.holds(tensor):
+                users.setdefault(tensor.data_ptr(), []).append((module, name))
+                tensors[tensor.data_ptr()] = tensor
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total < _HUGE_PAGE:
+        return 0
+    block = arena([tensor.nbytes for tensor in tensors.values()])
+    for address, places in users.items():
+        placed = block.place(tensors.pop(address))
+        for module, name in places:
+            module._buffers[name] = placed
+    return total

@@ -1,0 +1,128 @@
+"""The native program of a graph does what the graph's own Python does."""
+
+import operator
+
+import pytest
+import torch
+from torch.fx import Graph, GraphModule
+
+from unicorn_backend.assets import load_native
+from unicorn_backend.graph.lower import lower
+
+load_native()
+aten = torch.ops.aten
+
+
+def graph(build, inputs, **attributes):
+    """`build(graph, *placeholders)` -> outputs."""
+    root = torch.nn.Module()
+    root.__dict__.update(attributes)
+    g = Graph()
+    arguments = [g.placeholder(f"x{i}") for i in range(inputs)]
+    g.output(tuple(build(g, *arguments)))
+    return GraphModule(root, g)
+
+
+def same(gm, *inputs):
+    run = lower(gm)
+    assert not isinstance(run, str), run
+    expected, got = gm(*inputs), run(*inputs)
+    assert len(expected) == len(got)
+    for a, b in zip(expected, got, strict=True):
+        assert type(a) is type(b)
+        assert torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, torch.Tensor) else a == b
+
+
+def test_tensors_numbers_lists_and_defaults():
+    def build(g, x, n):
+        call = g.call_function
+        y = call(aten.add.Tensor, (x, 1))  # a number for a tensor: stays bf16
+        z = call(aten.mul.Tensor, (y, n))
+        both = call(aten.cat.default, ([x, z], -1))
+        wide = call(aten.expand.default, (call(aten.unsqueeze.default, (both, 0)), [n, -1, -1]))
+        return [
+            y,
+            wide,
+            call(aten.to.dtype, (wide, torch.float32)),
+            call(aten.new_ones.default, (x, [n, 2]), {"dtype": torch.bool}),
+            n,
+            None,
+        ]
+
+    same(graph(build, 2), torch.randn(2, 3).bfloat16(), 4)
+
+
+OPERATORS = ("add", "sub", "mul", "floordiv", "mod", "eq", "ne", "lt", "le", "gt", "ge")
+
+
+@pytest.mark.parametrize("function", [*(getattr(operator, name) for name in OPERATORS), torch.sym_min, torch.sym_max])
+@pytest.mark.parametrize(("a", "b"), [(7, 3), (-7, 3), (7, -3), (-7, -3), (6, 3), (0, 5)])
+def test_integers(function, a, b):
+    same(graph(lambda g, x, y: [g.call_function(function, (x, y)), g.call_function(function, (x, 2))], 2), a, b)
+
+
+def test_negation():
+    same(graph(lambda g, x: [g.call_function(operator.neg, (x,))], 1), 5)
+
+
+def test_several_results_and_in_place():
+    def build(g, x):
+        pair = g.call_function(aten.max.dim, (x, -1))
+        first, second = (g.call_function(operator.getitem, (pair, i)) for i in (0, 1))
+        g.call_function(aten.add_.Tensor, (x, 1.0))
+        return [second, first, x]
+
+    gm = graph(build, 1)
+    x = torch.randn(3, 4)
+    expected, got = gm(x.clone()), lower(gm)(x)
+    assert all(torch.equal(a, b) for a, b in zip(expected, got, strict=True))
+    assert torch.equal(x, expected[2])  # the caller's tensor was changed
+
+
+def test_constants_of_the_module():
+    add = lambda g, x: [g.call_function(aten.add.Tensor, (x, g.get_attr("offset")))]  # noqa: E731
+    same(graph(add, 1, offset=torch.tensor([1.0, 2.0])), torch.zeros(2))
+
+
+def test_what_is_no_operator_is_named():
+    reason = lower(graph(lambda g, x: [g.call_function(torch.relu, (x,))], 1))
+    assert isinstance(reason, str) and "relu" in reason
+
+
+def test_floats_are_left_to_python():
+    assert isinstance(lower(graph(lambda g, x: [g.call_function(operator.add, (x, 0.5))], 1)), str)
+
+
+def test_errors_keep_their_kind():
+    embedding = torch.ops.unicorn.embedding.default
+
+    def build(g, ids, w):
+        return [g.call_function(embedding, (ids, [w], 4, 8, torch.float32))]
+
+    run = lower(graph(build, 2))
+    with pytest.raises(IndexError, match="got id 9"):
+        run(torch.tensor([9]), torch.randn(4, 8))
+    with pytest.raises(ValueError):
+        lower(graph(lambda g, x: [g.call_function(operator.floordiv, (x, 0))], 1))(1)
+
+
+def test_gradients_flow_where_they_are_on():
+    run = lower(graph(lambda g, x: [g.call_function(aten.mul.Tensor, (x, 3.0))], 1))
+    x = torch.ones(2, requires_grad=True)
+    run(x)[0].sum().backward()
+    assert torch.equal(x.grad, torch.full((2,), 3.0))
+
+
+def test_memory_is_let_go_after_the_last_use():
+    """A chain of 64 big intermediates needs the memory of two or three of them."""
+    import resource
+
+    def build(g, x):
+        for _ in range(64):
+            x = g.call_function(aten.add.Tensor, (x, 1.0))
+        return [x]
+
+    run = lower(graph(build, 1))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run(torch.zeros(8 << 20))  # 32 MB
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 32 * 1024
