@@ -48,13 +48,17 @@ def decode(result: dict[str, Any]) -> str:
         for row in result["systems"]
     ]
     band, where = result["bandwidth"], result["provenance"]
-    machine = f"{where['cpu']}, {where['threads']} threads" + (", virtual machine" if where["virtual_machine"] else "")
     caption = (
         f"{result['model']}, {result['weights']} weights, {result['parameters'] / 1e6:,.0f} M parameters; prompt "
         f"{result['prompt_tokens']}, {result['new_tokens']} new tokens; medians of {result['rounds']} interleaved "
-        f"rounds. {machine}; memory read {band['before_gbps']:.1f} GB/s before and {band['after_gbps']:.1f} after."
+        f"rounds. {_machine(where)}; memory read {band['before_gbps']:.1f} GB/s before and "
+        f"{band['after_gbps']:.1f} after."
     )
     return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
+def _machine(where: dict[str, Any]) -> str:
+    return f"{where['cpu']}, {where['threads']} threads" + (", virtual machine" if where["virtual_machine"] else "")
 
 
 def _ratio(value: float | None) -> str:
@@ -82,7 +86,46 @@ def quality(result: dict[str, Any]) -> str:
     return f"{caption}\n\n{table.markdown(header, rows)}"
 
 
-KINDS = {"decode": decode, "quality": quality}
+def quantize(result: dict[str, Any]) -> str:
+    """Disk to disk."""
+    row, totals = result["medians"], result["totals"]
+    header = ("", "seconds", "of the input")
+    rows = [
+        ("unicorn quantize", f"{row['seconds']:.1f}", f"{row['gb_per_s']:.2f} GB/s"),
+        (
+            "copy the input, write the output",
+            f"{row['disk_seconds']:.1f}",
+            f"{totals['bytes_before'] / row['disk_seconds'] / 1e9:.2f} GB/s",
+        ),
+    ]
+    caption = (
+        f"{result['model']}, {table.size(totals['bytes_before'])} to {table.size(totals['bytes_after'])}, recipe "
+        f"`{result['recipe']}`; medians of {len(result['rounds'])} rounds on one disk; peak memory "
+        f"{table.size(row['above_idle_bytes'])} above the idle process. {_machine(result['provenance'])}."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
+def peers(result: dict[str, Any]) -> str:
+    """GGUF files of ours and of llama.cpp."""
+    header = ("GGUF file", "bits per weight in the layers", "KL divergence, nats", "same top-1 token")
+    rows = [
+        (
+            row["name"],
+            f"{row['bits_per_weight']:.2f}",
+            f"{row['kl_mean']:.5f} ± {row['kl_mean_se']:.5f}",
+            f"{row['top1']:.1f}% ± {row['top1_se']:.1f}%",
+        )
+        for row in result["rows"]
+    ]
+    caption = (
+        f"{result['model']} as GGUF, scored by llama-perplexity against its bf16 export on {result['text']}; the "
+        "vocabulary table is Q8_0 in every file."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
+KINDS = {"peers": peers, "decode": decode, "quality": quality, "quantize": quantize}
 
 
 def main() -> None:

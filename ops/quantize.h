@@ -19,12 +19,21 @@ struct QuantizeArgs {
   uint8_t* zero;    // w8a [N16, 16]
 };
 
+// Sums of squares: of the weight, and of what packing changed.
+struct Noise {
+  double signal = 0.0, noise = 0.0;
+};
+
+// Of tiles begin..end-1 of a weight and its packed form. w8c: `zero` is null.
+using NoiseTiles = Noise (*)(const QuantizeArgs& args, int64_t begin, int64_t end);
+
 // Quantize tiles begin..end-1. False if a NaN or Inf was met: the output is unspecified then.
 using QuantizeTiles = bool (*)(const QuantizeArgs& args, int64_t begin, int64_t end);
 
 struct Quantizer {
   const char* isa;
   QuantizeTiles w4g32, w8c, w8a;
+  NoiseTiles w4g32_noise, w8_noise;
   // How many of `count` dense elements are NaN or Inf.
   int64_t (*count_nonfinite)(const void* w, FloatType type, int64_t count);
 };

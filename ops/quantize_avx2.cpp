@@ -24,6 +24,6 @@ inline VI greater(VI a, VI b) { return (VI)_mm256_max_epi32((__m256i)a, (__m256i
 
 namespace unicorn {
 extern const Quantizer quantizer_avx2;
-const Quantizer quantizer_avx2 = {"avx2", w4g32, w8<false>, w8<true>, count_nonfinite};
+const Quantizer quantizer_avx2 = {"avx2", w4g32, w8<false>, w8<true>, w4g32_noise, w8_noise, count_nonfinite};
 }  // namespace unicorn
 #endif

@@ -26,6 +26,6 @@ inline VI greater(VI a, VI b) { return (VI)_mm512_max_epi32((__m512i)a, (__m512i
 
 namespace unicorn {
 extern const Quantizer quantizer_avx512;
-const Quantizer quantizer_avx512 = {"avx512", w4g32, w8<false>, w8<true>, count_nonfinite};
+const Quantizer quantizer_avx512 = {"avx512", w4g32, w8<false>, w8<true>, w4g32_noise, w8_noise, count_nonfinite};
 }  // namespace unicorn
 #endif

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "quantize.h"
 
@@ -44,16 +45,20 @@ int64_t count_nonfinite(const Tensor& tensor) {
   return bad;
 }
 
+QuantizeArgs arguments(const Tensor& w, void* packed, void* scale, void* zero) {
+  return {w.const_data_ptr(),
+          float_type(w),
+          w.size(0),
+          w.size(1),
+          w.stride(0) * static_cast<int64_t>(w.element_size()),
+          static_cast<uint8_t*>(packed),
+          scale,
+          static_cast<uint8_t*>(zero)};
+}
+
 // Allocates nothing: `packed` [N16, K32, ...] and the others are the caller's.
 void run(const Tensor& w, unicorn::QuantizeTiles tiles, Tensor packed, Tensor scale, uint8_t* zero) {
-  const QuantizeArgs args{w.const_data_ptr(),
-                          float_type(w),
-                          w.size(0),
-                          w.size(1),
-                          w.stride(0) * static_cast<int64_t>(w.element_size()),
-                          packed.mutable_data_ptr<uint8_t>(),
-                          scale.mutable_data_ptr(),
-                          zero};
+  const QuantizeArgs args = arguments(w, packed.mutable_data_ptr(), scale.mutable_data_ptr(), zero);
   std::atomic<bool> good{true};
   at::parallel_for(0, ceil_div(w.size(0), kRows), 1, [&](int64_t begin, int64_t end) {
     if (!tiles(args, begin, end)) good = false;
@@ -91,6 +96,35 @@ std::tuple<Tensor, Tensor, Tensor> quantize_w8a(const Tensor& weight) {
   return {packed, scale, zero};
 }
 
+std::tuple<double, double> quantization_noise(const Tensor& weight, at::TensorList packed) {
+  const Tensor w = rows_of(weight);
+  const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup);
+  TORCH_CHECK(packed.size() == 2 || packed.size() == 3, "quantization_noise: expected a packed weight, got ",
+              packed.size(), " tensors");
+  const bool four_bit = packed.size() == 2 && packed[0].numel() == n16 * k32 * 256;
+  const int64_t scales = four_bit ? n16 * k32 * kRows : n16 * kRows;
+  TORCH_CHECK(packed[0].scalar_type() == at::kByte && packed[0].numel() == n16 * k32 * (four_bit ? 256 : 512) &&
+                  packed[1].scalar_type() == (four_bit ? at::kHalf : at::kFloat) && packed[1].numel() == scales,
+              "quantization_noise: the packed tensors do not belong to a weight of shape ", w.sizes());
+  std::vector<Tensor> held;
+  for (const Tensor& tensor : packed) held.push_back(tensor.contiguous());
+  void* zero = nullptr;
+  if (held.size() == 3) {
+    TORCH_CHECK(held[2].scalar_type() == at::kByte && held[2].numel() == n16 * kRows,
+                "quantization_noise: expected uint8 zero points of ", n16 * kRows, " rows, got ", held[2].sizes());
+    zero = held[2].data_ptr();
+  }
+  const QuantizeArgs args = arguments(w, held[0].data_ptr(), held[1].data_ptr(), zero);
+  const auto tiles = four_bit ? unicorn::quantizer().w4g32_noise : unicorn::quantizer().w8_noise;
+  std::vector<unicorn::Noise> parts(static_cast<size_t>(n16));  // per tile: the sum does not depend on the threads
+  at::parallel_for(0, n16, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) parts[static_cast<size_t>(i)] = tiles(args, i, i + 1);
+  });
+  unicorn::Noise total;
+  for (const unicorn::Noise& part : parts) total.signal += part.signal, total.noise += part.noise;
+  return {total.signal, total.noise};
+}
+
 // "" asks for the best. Returns the name of the instruction set in use.
 std::string quantize_isa(const std::string& name) {
   TORCH_CHECK_VALUE(unicorn::quantizer_set_isa(name.c_str()), "this CPU cannot run the quantizer for ", name);
@@ -103,6 +137,7 @@ TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
   m.impl("quantize_w4g32", &quantize_w4g32);
   m.impl("quantize_w8c", &quantize_w8c);
   m.impl("quantize_w8a", &quantize_w8a);
+  m.impl("quantization_noise", &quantization_noise);
   m.impl("count_nonfinite", &count_nonfinite);
 }
 

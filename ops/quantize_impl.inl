@@ -289,6 +289,79 @@ bool w8_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
   return good;
 }
 
+// fp32 inside one group, fp64 above: 32 squares lose nothing that a decibel shows.
+struct GroupNoise {
+  VF signal = VF{}, noise = VF{};
+
+  INLINE void add(VF x, VF value) {
+    const VF error = x - value;
+    signal = signal + x * x;
+    noise = noise + error * error;
+  }
+  INLINE void flush(unicorn::Noise& total) const {
+    for (int l = 0; l < kLanes; ++l) total.signal += double(signal[l]), total.noise += double(noise[l]);
+  }
+};
+
+template <FloatType T>
+INLINE void w4g32_noise_rows(const GroupRows& rows, int first, const uint8_t* tile, const uint16_t* scales,
+                             unicorn::Noise& total) {
+  VF x[kGroup];
+  load_transposed<T>(rows, first, x);
+  const VF s = half_to_float(__builtin_convertvector(load<VH>(scales + first), VU));
+  GroupNoise sums;
+  for (int c = 0; c < 4; ++c) {
+    const VI word = load<VI>(tile + 64 * c + 4 * first);
+    for (int j = 0; j < 4; ++j) {
+      sums.add(x[8 * c + j], s * __builtin_convertvector(((word >> (8 * j)) & 15) - 8, VF));
+      sums.add(x[8 * c + 4 + j], s * __builtin_convertvector(((word >> (8 * j + 4)) & 15) - 8, VF));
+    }
+  }
+  sums.flush(total);
+}
+
+template <FloatType T>
+unicorn::Noise w4g32_noise_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  const int64_t k32 = (a.k + kGroup - 1) / kGroup;
+  unicorn::Noise total;
+  GroupRows rows;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t g = 0; g < k32; ++g) {
+      const int64_t t = i * k32 + g;
+      find_group<T>(a, i, g, rows);
+      const uint16_t* scales = static_cast<const uint16_t*>(a.scale) + t * kRows;
+      for (int first = 0; first < kRows; first += kLanes)
+        w4g32_noise_rows<T>(rows, first, a.packed + t * 256, scales, total);
+    }
+  return total;
+}
+
+template <FloatType T>
+unicorn::Noise w8_noise_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  const int64_t k32 = (a.k + kGroup - 1) / kGroup;
+  unicorn::Noise total;
+  GroupRows rows;
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t g = 0; g < k32; ++g) {
+      const uint8_t* tile = a.packed + (i * k32 + g) * 512;
+      find_group<T>(a, i, g, rows);
+      GroupNoise sums;
+      for (int r = 0; r < kRows; ++r) {
+        const float s = static_cast<const float*>(a.scale)[i * kRows + r];
+        const float zero = a.zero ? float(a.zero[i * kRows + r]) : 128.0f;
+        for (int first = 0; first < kGroup; first += kLanes) {
+          alignas(16) uint8_t bytes[kLanes];
+          for (int c = 0; c < kLanes / 4; ++c) std::memcpy(bytes + 4 * c, tile + (first / 4 + c) * 64 + 4 * r, 4);
+          const VF q = __builtin_convertvector(load<VB>(bytes), VF);
+          // Padding has bytes of value zero, as the weight has zeros there.
+          sums.add(load_row<T>(rows.row[r] + first * kBytes<T>), (q - zero) * s);
+        }
+      }
+      sums.flush(total);
+    }
+  return total;
+}
+
 template <FloatType T>
 int64_t count_nonfinite_of(const uint8_t* w, int64_t count) {
   constexpr int64_t kBlock = 4096;  // elements between two looks at the maximum
@@ -313,6 +386,16 @@ template <bool kAsymmetric>
 bool w8(const QuantizeArgs& a, int64_t begin, int64_t end) {
   if (a.type == kBf16) return w8_tiles<kBf16, kAsymmetric>(a, begin, end);
   return a.type == kF16 ? w8_tiles<kF16, kAsymmetric>(a, begin, end) : w8_tiles<kF32, kAsymmetric>(a, begin, end);
+}
+
+unicorn::Noise w4g32_noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return w4g32_noise_tiles<kBf16>(a, begin, end);
+  return a.type == kF16 ? w4g32_noise_tiles<kF16>(a, begin, end) : w4g32_noise_tiles<kF32>(a, begin, end);
+}
+
+unicorn::Noise w8_noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return w8_noise_tiles<kBf16>(a, begin, end);
+  return a.type == kF16 ? w8_noise_tiles<kF16>(a, begin, end) : w8_noise_tiles<kF32>(a, begin, end);
 }
 
 int64_t count_nonfinite(const void* data, FloatType type, int64_t count) {

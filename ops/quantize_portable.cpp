@@ -24,5 +24,5 @@ inline VI greater(VI a, VI b) {
 
 namespace unicorn {
 extern const Quantizer quantizer_portable;
-const Quantizer quantizer_portable = {"portable", w4g32, w8<false>, w8<true>, count_nonfinite};
+const Quantizer quantizer_portable = {"portable", w4g32, w8<false>, w8<true>, w4g32_noise, w8_noise, count_nonfinite};
 }  // namespace unicorn

@@ -18,7 +18,7 @@ from unicorn_backend import __main__ as cli
 from unicorn_backend import bench, measure, models, table
 from unicorn_backend.errors import OptionError, UnicornError
 
-COMMANDS = ("demo", "run", "quantize", "explain", "bench")
+COMMANDS = ("demo", "run", "quantize", "verify", "eval", "explain", "bench")
 
 
 def call(*args: str) -> str:
@@ -53,10 +53,50 @@ def test_sampling_repeats_with_its_seed() -> None:
 def test_quantize_writes_a_checkpoint_that_loads(tmp_path: Path) -> None:
     out = tmp_path / "folder" / "quantized"
     report = call_json("quantize", "tiny", "-o", str(out))
-    assert report["bytes_after"] < 0.6 * report["bytes_before"]
+    assert report["totals"]["bytes_after"] < 0.6 * report["totals"]["bytes_before"]
     assert [p.name for p in out.parent.iterdir()] == ["quantized"], "temporary folders left behind"
     direct, loaded = (call_json("run", "The film is a", "-n", "16", "-m", m) for m in ("tiny", str(out)))
     assert direct["text"] == loaded["text"]
+    assert call_json("verify", str(out))["problems"] == []
+
+
+def test_quantize_with_rules(tmp_path: Path) -> None:
+    rules = ["--rule", r"layers\.0\.=float", "--rule", "down_proj=w8c"]
+    report = call_json("quantize", "tiny", "-o", str(tmp_path / "out"), *rules)
+    schemes = {row["name"]: row["scheme"] for row in report["weights"]}
+    assert schemes["model.layers.0.mlp.up_proj.weight"] == "float"
+    assert schemes["model.layers.1.mlp.down_proj.weight"] == "w8c"
+    with pytest.raises(UnicornError, match="REGEX=SCHEME"):
+        call("quantize", "tiny", "-o", str(tmp_path / "other"), "--rule", "down_proj")
+
+
+def test_eval_and_its_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    (tmp_path / "text").write_text(models.SAMPLE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")
+    report = call_json("quantize", "tiny", "-o", str(out), "--eval", "--text", str(tmp_path / "text"))
+    again = call_json("eval", str(out), "--reference", "tiny", "--text", str(tmp_path / "text"))
+    assert again == report["quality"] == json.loads((out / "quantization_report.json").read_text())["quality"]
+    assert again["top1"] > 0.95 and 0 < again["kl_mean"] < 1e-3 and again["kl_mean_se"] > 0
+    assert call_json("verify", str(out))["problems"] == []
+    arguments = ["eval", str(out), "--reference", "tiny", "--text", str(tmp_path / "text"), "--min-top1", "0.9999"]
+    monkeypatch.setattr("sys.argv", ["unicorn", *arguments])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    with pytest.raises(OptionError, match="readable UTF-8"):
+        call("eval", str(out), "--reference", "tiny", "--text", str(out))
+
+
+def test_verify_fails_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    call("quantize", "tiny", "-o", str(out))
+    with open(out / "model.safetensors", "r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"\x55")
+    monkeypatch.setattr("sys.argv", ["unicorn", "verify", str(out)])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
 
 
 def test_quantize_keeps_an_existing_folder(tmp_path: Path) -> None:
@@ -64,16 +104,6 @@ def test_quantize_keeps_an_existing_folder(tmp_path: Path) -> None:
     with pytest.raises(UnicornError, match="--overwrite"):
         call("quantize", "tiny", "-o", str(tmp_path))
     assert (tmp_path / "mine").read_text() == "keep"
-
-
-def test_quantize_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object, **__: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
-    with pytest.raises(OSError, match="disk full"):
-        call("quantize", "tiny", "-o", str(tmp_path / "out"))
-    assert not list(tmp_path.iterdir())
 
 
 def test_explain_shows_both_graphs() -> None:

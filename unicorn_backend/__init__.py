@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from unicorn_backend.errors import (
+    CheckFailedError,
     CheckpointError,
     NativeLibraryError,
     OptionError,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from unicorn_backend.options import Options
     from unicorn_backend.quantize.recipe import Recipe, recipes
     from unicorn_backend.quantize.rewrite import quantization_report, quantize, restore
+    from unicorn_backend.quantize.stream import quantize_checkpoint
+    from unicorn_backend.quantize.verify import verify
 
 _autoload.register()
 
@@ -42,8 +45,10 @@ _HOMES = {
     "UnicornConfig": "integration.hf_quantizer",
     "explain": "explanation",
     "quantization_report": "quantize.rewrite",
+    "quantize_checkpoint": "quantize.stream",
     "recipes": "quantize.recipe",
     "restore": "quantize.rewrite",
+    "verify": "quantize.verify",
 }
 
 
@@ -58,6 +63,7 @@ def __getattr__(name: str) -> Any:
 
 
 __all__ = [
+    "CheckFailedError",
     "CheckpointError",
     "Explanation",
     "NativeLibraryError",
@@ -71,6 +77,8 @@ __all__ = [
     "explain",
     "quantization_report",
     "quantize",
+    "quantize_checkpoint",
     "recipes",
     "restore",
+    "verify",
 ]

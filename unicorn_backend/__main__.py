@@ -1,14 +1,14 @@
 """Command line: `unicorn` or `python -m unicorn_backend`.
 
-Errors of this package end in one line on stderr and exit code 2.
+Exit codes: 0 done; 1 a check failed (`verify`, a threshold of quality); 2 wrong options or input that cannot be
+used, with one line on stderr; 130 interrupted.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import os
 import sys
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,8 +20,11 @@ from transformers.utils import logging as transformers_logging
 import unicorn_backend
 from unicorn_backend import bench as benchmark
 from unicorn_backend import demo as demonstration
-from unicorn_backend import measure, models, table
-from unicorn_backend.errors import CheckpointError, UnicornError
+from unicorn_backend import models, table
+from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
+from unicorn_backend.quantize import evaluate, stream
+from unicorn_backend.quantize import verify as verification
+from unicorn_backend.quantize.quality import WINDOW
 
 EXPLAIN_TOKENS = 8
 """`explain` runs one prompt of this length and one decode step, so that it shows both graphs."""
@@ -37,6 +40,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Local folder, hub id, tiny, gemma3-1b or gemma3-4b.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Quantization recipe.")]
+MinTop1 = Annotated[
+    float, typer.Option("--min-top1", min=0.0, max=1.0, help="Exit with 1 if a smaller share of tokens stays first.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -88,26 +94,97 @@ def quantize(
     source: Annotated[str, typer.Argument(metavar="SRC", help="Local folder, hub id, or tiny.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")],
     recipe: Recipe = "default",
+    rule: Annotated[
+        list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of matching modules; repeat.")
+    ] = None,
+    format: Annotated[str, typer.Option(help="unicorn, gguf or compressed-tensors.")] = "unicorn",
+    evaluation: Annotated[bool, typer.Option("--eval", help="Compare with SRC afterwards, into the report.")] = False,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text of --eval; a piece of WikiText-2 without.")] = None,
+    min_top1: MinTop1 = 0.0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing folder.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a quantized checkpoint that `from_pretrained` loads without repacking.
 
-    The folder appears complete or not at all.
+    It streams: memory holds a few blocks of rows, not the model. The folder appears complete or not at all.
 
-    Example: `unicorn quantize google/gemma-3-4b-it -o gemma-3-4b-unicorn`
+    Examples: `unicorn quantize google/gemma-3-4b-it -o gemma-3-4b-unicorn`,
+    `unicorn quantize DIR -o OUT --rule 'layers\\.0\\.=w8c' --rule 'lm_head=float'`
     """
-    if out.exists() and not overwrite:
-        raise CheckpointError(f"{out} exists; give another folder or --overwrite")
-    model, tokenizer = models.load(source), models.load_tokenizer(source)
-    before = measure.model_bytes(model)
-    unicorn_backend.quantize(model, recipe=recipe)
-    _save(out, model, tokenizer)
-    after = measure.model_bytes(model)
+    result = stream.quantize_checkpoint(
+        source,
+        out,
+        recipe,
+        rules=_rules(rule or []),
+        format=format,
+        resume=resume,
+        overwrite=overwrite,
+        progress=False if as_json else None,
+    )
+    quality = None
+    if evaluation or min_top1 > 0:
+        quality = evaluate.evaluate(out, source, text)
+        evaluate.add_to_report(out, quality)
+        result["quality"] = dataclasses.asdict(quality)
     if as_json:
-        typer.echo(json.dumps({"out": str(out), "recipe": recipe, "bytes_before": before, "bytes_after": after}))
+        typer.echo(json.dumps({"out": str(out), **result}))
     else:
-        typer.echo(f"{out}: {table.size(before)} -> {table.size(after)} ({after / before:.0%}), recipe {recipe}")
+        _print_result(out, recipe, result, quality)
+    if quality is not None:
+        evaluate.require(quality, min_top1)
+
+
+def _print_result(out: Path, recipe: str, result: dict[str, Any], quality: Any) -> None:
+    totals = result["totals"]
+    before, after = totals["bytes_before"], totals["bytes_after"]
+    for note in result["notes"]:
+        typer.echo(f"note: {note}")
+    typer.echo(
+        f"{out}: {table.size(before)} -> {table.size(after)} ({after / before:.0%}), recipe {recipe}, "
+        f"{totals['seconds']:.1f} s, {totals['gb_per_s']:.2f} GB/s"
+    )
+    if quality is not None:
+        typer.echo(str(quality))
+
+
+@app.command("eval")
+def evaluate_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Quantized checkpoint.")],
+    reference: Annotated[str, typer.Option(help="Float checkpoint, hub id, or tiny.")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; a piece of WikiText-2 without.")] = None,
+    tokens: Annotated[int, typer.Option(min=2, help="At most so many tokens of the text.")] = evaluate.TOKENS,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per context.")] = WINDOW,
+    min_top1: MinTop1 = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a quantized checkpoint with its original: KL divergence, same top-1 token, perplexity.
+
+    Each with its standard error.
+
+    Example: `unicorn eval gemma-3-4b-unicorn --reference google/gemma-3-4b-it --text wiki.txt --min-top1 0.95`
+    """
+    quality = evaluate.evaluate(folder, reference, text, tokens=tokens, window=window)
+    typer.echo(json.dumps(dataclasses.asdict(quality)) if as_json else str(quality))
+    evaluate.require(quality, min_top1)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint written by `unicorn quantize`.")],
+    as_json: AsJson = False,
+) -> None:
+    """Check every tensor of a quantized checkpoint against the checksums of its report.
+
+    Example: `unicorn verify gemma-3-4b-unicorn`
+    """
+    problems = verification.verify(folder, progress=not as_json)
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder), "problems": problems}))
+    if problems:
+        raise CheckFailedError("\n".join(problems))
+    if not as_json:
+        typer.echo(f"{folder}: every tensor is as it was written")
 
 
 @app.command()
@@ -162,16 +239,17 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
     return ids
 
 
-def _save(out: Path, model: Any, tokenizer: Any) -> None:
-    """Write beside `out`, then rename: a reader never sees half a checkpoint."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as folder:
-        new, old = Path(folder) / "new", Path(folder) / "old"
-        model.save_pretrained(new)
-        tokenizer.save_pretrained(new)
-        if out.exists():
-            os.replace(out, old)
-        os.replace(new, out)
+def _rules(texts: list[str]) -> dict[str, str | None]:
+    """`REGEX=SCHEME` of the command line; the last `=` separates."""
+    rules: dict[str, str | None] = {}
+    for text in texts:
+        pattern, equals, scheme = text.rpartition("=")
+        if not equals or not pattern:
+            raise OptionError(
+                f"--rule: got {text!r}, expected REGEX=SCHEME, such as 'down_proj=w8c' or 'lm_head=float'"
+            )
+        rules[pattern] = scheme
+    return rules
 
 
 def main() -> None:
@@ -181,7 +259,7 @@ def main() -> None:
         app()
     except UnicornError as error:
         typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        sys.exit(1 if isinstance(error, CheckFailedError) else 2)
 
 
 if __name__ == "__main__":

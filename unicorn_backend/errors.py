@@ -26,3 +26,7 @@ class NativeLibraryError(UnicornError, ImportError):
 
 class StrictModeError(UnicornError, RuntimeError):
     """`strict=True` and something was not taken; the message lists every reason."""
+
+
+class CheckFailedError(UnicornError, RuntimeError):
+    """A check that the caller asked for has failed: a threshold of quality, or a checksum."""

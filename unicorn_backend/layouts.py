@@ -26,8 +26,12 @@ def scheme_of(weights: list[Tensor]) -> str:
 
 def pack_w4g32(q: Tensor, s: Tensor) -> list[Tensor]:
     """int8 `q` [N, K] in -8..7 and fp16 `s` [N, ceil(K/32)] -> [w, s] of the contract."""
-    _n, _k = q.shape
-    nibbles = _pad(q.to(torch.int16) + W4_ZERO, W4_ZERO).to(torch.uint8)
+    return pack_nibbles((q + W4_ZERO).to(torch.uint8), s)
+
+
+def pack_nibbles(nibbles: Tensor, s: Tensor) -> list[Tensor]:
+    """`pack_w4g32` of values + 8, uint8 in 0..15."""
+    nibbles = _pad(nibbles, W4_ZERO)
     n16, k32 = nibbles.shape[0] // ROWS, nibbles.shape[1] // GROUP
     tiles = nibbles.view(n16, ROWS, k32, 4, 2, 4)  # [i, r, g, c, half, j]
     w = (tiles[..., 0, :] | (tiles[..., 1, :] << 4)).permute(0, 2, 3, 1, 4)

@@ -11,7 +11,7 @@ import torch
 
 from unicorn_backend import quantize
 from unicorn_backend.errors import OptionError
-from unicorn_backend.quantize.quality import compare
+from unicorn_backend.quantize.quality import _quantile_error, compare
 
 # mean KL in nats on 192 tokens of WikiText-2 test, and the share of tokens that stay first
 BANDS = {"default": (3e-4, 9e-4, 0.97), "q4": (5e-4, 1.6e-3, 0.95), "int8": (5e-5, 2.5e-4, 0.98)}
@@ -52,6 +52,14 @@ def test_standard_error_is_that_of_independent_tokens() -> None:
     reference = lambda input_ids, **_: SimpleNamespace(logits=logits)  # noqa: E731
     got = compare(model, reference, torch.zeros(1, 4096, dtype=torch.int64), window=4096)
     assert got.top1_se == pytest.approx((0.25 / 4095) ** 0.5, rel=0.25)
+    loss = float(torch.tensor([0.0, -1.0]).exp().sum().log())  # of token 0, everywhere: no spread
+    assert got.perplexity == pytest.approx(math.exp(loss)) and got.perplexity_se == pytest.approx(0.0, abs=1e-9)
+
+
+def test_standard_error_of_the_median() -> None:
+    """For n independent values of density f it is 1 / (2 f sqrt(n)); uniform: f = 1."""
+    values = torch.rand(6400, generator=torch.Generator().manual_seed(1)).double()
+    assert _quantile_error(values, 0.5) == pytest.approx(0.5 / 6400**0.5, rel=0.25)
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(1, 1, dtype=torch.int64), torch.zeros(0, 9, dtype=torch.int64)])

@@ -28,6 +28,8 @@ def load(name: str | Path = "tiny") -> Any:
 
     if str(name) in CONFIGS:
         return random_model(str(name))
+    if str(name).endswith(".gguf"):
+        return _load_gguf(Path(name))
     try:
         return AutoModelForCausalLM.from_pretrained(_resolve(name), dtype="auto").eval()
     except OSError as error:
@@ -39,9 +41,24 @@ def load_tokenizer(name: str | Path = "tiny") -> Any:
     from transformers import AutoTokenizer
 
     try:
+        if str(name).endswith(".gguf"):
+            return AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name)
         return AutoTokenizer.from_pretrained(TINY if str(name) in CONFIGS else _resolve(name))
     except OSError as error:
         raise CheckpointError(_not_found(name, error)) from error
+
+
+def _load_gguf(path: Path) -> Any:
+    """The float model of a GGUF file, after its header was checked."""
+    from transformers import AutoModelForCausalLM
+
+    from unicorn_backend.formats import gguf_model
+
+    header = gguf_model.read_header(path)
+    model = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, config=gguf_model.read_config(header), dtype=gguf_model.dtype_of(header)
+    )
+    return model.eval()
 
 
 def sample_ids(tokens: int, name: str | Path = "tiny") -> torch.Tensor:

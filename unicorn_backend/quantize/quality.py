@@ -16,6 +16,7 @@ from torch import Tensor
 from unicorn_backend.errors import OptionError
 
 WINDOW = 256  # tokens per context
+SAMPLES = 100  # of the standard error of a quantile
 BLOCK = 32  # tokens per block of the standard errors, and per step in fp64 (a 262k vocabulary: 67 MB)
 
 
@@ -27,16 +28,21 @@ class Quality:
     kl_mean: float
     kl_mean_se: float
     kl_median: float
+    kl_median_se: float
     kl_99: float
+    kl_99_se: float
     top1: float  # share of positions where both put the same token first
     top1_se: float
     perplexity: float
+    perplexity_se: float
     perplexity_reference: float
+    perplexity_reference_se: float
 
     def __str__(self) -> str:
         return (
             f"KL {self.kl_mean:.3g} ± {self.kl_mean_se:.1g} (median {self.kl_median:.3g}, 99 % {self.kl_99:.3g}), "
-            f"same top-1 {self.top1:.1%} ± {self.top1_se:.1%}, perplexity {self.perplexity:.2f} "
+            f"same top-1 {self.top1:.1%} ± {self.top1_se:.1%}, "
+            f"perplexity {self.perplexity:.2f} ± {self.perplexity_se:.2f} "
             f"(reference {self.perplexity_reference:.2f}), {self.tokens} tokens"
         )
 
@@ -53,16 +59,21 @@ def compare(model: Any, reference: Any, ids: Tensor, *, window: int = WINDOW) ->
     if not blocks:
         raise OptionError(f"compare: ids of shape {tuple(ids.shape)} hold no token to predict; give at least 2 tokens")
     kl, same, loss, loss_reference = torch.cat(blocks, dim=1)
+    perplexity, perplexity_reference = float(loss.mean().exp()), float(loss_reference.mean().exp())
     return Quality(
         tokens=len(kl),
         kl_mean=float(kl.mean()),
         kl_mean_se=_standard_error(kl),
-        kl_median=float(kl.median()),
+        kl_median=float(kl.quantile(0.5)),
+        kl_median_se=_quantile_error(kl, 0.5),
         kl_99=float(kl.quantile(0.99)),
+        kl_99_se=_quantile_error(kl, 0.99),
         top1=float(same.mean()),
         top1_se=_standard_error(same),
-        perplexity=float(loss.mean().exp()),
-        perplexity_reference=float(loss_reference.mean().exp()),
+        perplexity=perplexity,
+        perplexity_se=perplexity * _standard_error(loss),
+        perplexity_reference=perplexity_reference,
+        perplexity_reference_se=perplexity_reference * _standard_error(loss_reference),
     )
 
 
@@ -89,6 +100,16 @@ def _block(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     losses = [-log.gather(1, targets[:, None])[:, 0] for log in (log_q, log_p)]
     return torch.stack([kl, same, *losses])
+
+
+def _quantile_error(values: Tensor, quantile: float) -> float:
+    """Standard error of a quantile: its spread over samples of whole blocks, drawn with a fixed seed."""
+    blocks = values[: len(values) // BLOCK * BLOCK].view(-1, BLOCK) if len(values) >= 8 * BLOCK else values[:, None]
+    if len(blocks) < 2:
+        return float("nan")
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(blocks), (SAMPLES, len(blocks)), generator=generator)
+    return float(torch.stack([blocks[row].flatten().quantile(quantile) for row in drawn]).std())
 
 
 def _standard_error(values: Tensor) -> float:

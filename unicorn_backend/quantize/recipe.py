@@ -154,6 +154,7 @@ _RULES: dict[str, tuple[Rule, ...]] = {
         Rule("linear", "", "w8c"),
     ),
     "q4": (*_LEFT, _TABLE, Rule("linear", "", "w4g32")),
+    "ultra": (*_LEFT, Rule("embedding", "", "w4g32"), Rule("linear", "", "w4g32")),
     "int8": (*_LEFT, _TABLE, Rule("linear", "", "w8c")),
     NONE: (Rule("any", "", FLOAT, "recipe 'none'"),),
 }

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unicorn_backend import assets
 from unicorn_backend.errors import NativeLibraryError, OptionError
-from unicorn_backend.layouts import GROUP, ROWS, W8_ZERO, pack_w4g32, pack_w8
+from unicorn_backend.layouts import GROUP, ROWS, W8_ZERO, dequantize, pack_w4g32, pack_w8
 from unicorn_backend.ops import LIBRARY
 from unicorn_backend.quantize.recipe import SCHEMES
 
@@ -39,6 +39,9 @@ LIBRARY.define("quantize_w8a(Tensor w) -> (Tensor, Tensor, Tensor)")
 
 # count_nonfinite: how many elements of a float tensor of any shape are NaN or Inf.
 LIBRARY.define("count_nonfinite(Tensor w) -> int")
+
+# quantization_noise: sums of w^2 and of (w - dequantized)^2 over a weight, in fp32 per group and fp64 above.
+LIBRARY.define("quantization_noise(Tensor w, Tensor[] packed) -> (float, float)")
 
 # quantize_isa: choose the instruction set of the native quantizer ("" = the best); for tests.
 LIBRARY.define("quantize_isa(str name) -> str")
@@ -71,6 +74,12 @@ def quantize_weight(w: Tensor, scheme: str) -> list[Tensor]:
     if scheme == "w8a":
         return list(torch.ops.unicorn.quantize_w8a(w))
     raise OptionError(f"scheme: got {scheme!r}, allowed are {', '.join(SCHEMES)}")
+
+
+def quantization_noise(w: Tensor, packed: list[Tensor]) -> tuple[float, float]:
+    """(signal, noise): sums of squares of a float weight and of what packing changed."""
+    signal, noise = torch.ops.unicorn.quantization_noise(w, packed)
+    return float(signal), float(noise)
 
 
 def empty_packed(n: int, k: int, scheme: str, device: torch.device | str = "cpu") -> list[Tensor]:
@@ -158,6 +167,13 @@ def count_nonfinite_reference(w: Tensor) -> int:
     return int(w.numel() - torch.isfinite(w).sum().item())
 
 
+def quantization_noise_reference(w: Tensor, packed: list[Tensor]) -> tuple[float, float]:
+    """Sums of squares of `w` and of its difference to the packed weight."""
+    x = w.double()
+    noise = x - dequantize(packed, w.shape[0], w.shape[1]).double()
+    return float(x.square().sum()), float(noise.square().sum())
+
+
 def _check(w: Tensor) -> None:
     torch._check(
         w.dim() == 2 and w.dtype in (torch.bfloat16, torch.float16, torch.float32),
@@ -180,4 +196,5 @@ for _scheme in SCHEMES:
 LIBRARY.impl("quantize_w4g32", quantize_w4g32_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("quantize_w8c", quantize_w8c_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("quantize_w8a", quantize_w8a_reference, "CompositeExplicitAutograd")
+LIBRARY.impl("quantization_noise", quantization_noise_reference, "CompositeExplicitAutograd")
 LIBRARY.impl("count_nonfinite", count_nonfinite_reference, "CompositeExplicitAutograd")

@@ -1,0 +1,286 @@
+"""GGUF in and out: Q4_0 keeps its values, other types are requantized, hostile files are named and refused."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Type
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from unicorn_backend import quantize, quantize_checkpoint, verify
+from unicorn_backend.errors import CheckpointError, QuantizationError
+from unicorn_backend.formats.gguf import read_header, repack_q4_0
+from unicorn_backend.formats.gguf_out import _q8_0, to_q4_0
+from unicorn_backend.layouts import dequantize
+from unicorn_backend.models import SAMPLE_TEXT, TINY
+from unicorn_backend.quantize.schemes import quantize_weight
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedded model as GGUF: `q4/model.gguf` (Q4_0, table Q8_0) and `bf16/model.gguf`."""
+    folder = tmp_path_factory.mktemp("gguf")
+    quantize_checkpoint(TINY, folder / "q4", "q4", format="gguf")
+    quantize_checkpoint(TINY, folder / "bf16", "none", format="gguf")
+    return folder
+
+
+def random_blocks(kind: Type, rows: int, k: int) -> np.ndarray:
+    """Valid blocks of any type: random bytes with a sane fp16 where the scales are."""
+    values = np.random.default_rng(0).standard_normal((rows, k), dtype=np.float32)
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        elements, size = gguf.GGML_QUANT_SIZES[kind]
+        blocks = np.random.default_rng(0).integers(0, 255, (rows, k // elements, size), dtype=np.uint8)
+        half = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
+        places = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)}[kind]
+        for place in places:
+            blocks[:, :, place : place + 2] = half
+        return blocks.reshape(rows, -1)
+
+
+def test_q4_0_repacks_exactly() -> None:
+    for rows, k in ((1, 32), (40, 32), (16, 64), (37, 96)):
+        blocks = random_blocks(Type.Q4_0, rows, k)
+        packed = repack_q4_0(torch.from_numpy(blocks))
+        assert np.array_equal(dequantize(packed, rows, k).numpy(), gguf.quants.dequantize(blocks, Type.Q4_0))
+        assert np.array_equal(to_q4_0(packed)[:rows].numpy(), blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_values_on_the_grid_of_q4_0_stay(dtype: torch.dtype) -> None:
+    """A checkpoint trained for Q4_0 and stored as floats: quantizing it changes no value."""
+    blocks = random_blocks(Type.Q4_0, 512, 256)
+    values = torch.from_numpy(gguf.quants.dequantize(blocks, Type.Q4_0)).to(dtype)
+    ours = dequantize(quantize_weight(values, "w4g32"), 512, 256)
+    wrong = ours.to(dtype) != values
+    assert not wrong.any(), f"{int(wrong.sum())} of {wrong.numel()} values, by {(ours - values)[wrong].abs().max()}"
+
+
+def test_values_on_the_grid_of_q4_0_in_bf16() -> None:
+    """bf16 rounds the grid itself: every weight gets its level, and no scale is off by more than that rounding."""
+    blocks = random_blocks(Type.Q4_0, 512, 256)
+    exact = torch.from_numpy(gguf.quants.dequantize(blocks, Type.Q4_0))
+    ours = dequantize(quantize_weight(exact.bfloat16(), "w4g32"), 512, 256)
+    assert float(((ours - exact).abs() / exact.abs().clamp_min(1e-30)).max()) < 2**-8
+
+
+def test_q8_0_is_that_of_ggml() -> None:
+    assert np.array_equal(
+        _q8_0(torch.eye(32))[0].numpy(), gguf.quants.quantize(np.eye(32, dtype=np.float32), Type.Q8_0)
+    )
+    x = torch.randn(7, 96)
+    x[2, :32] = 0
+    x[3, :32] = torch.arange(32) - 15.5  # ties
+    data, (signal, noise) = _q8_0(x)
+    expected = gguf.quants.quantize(x.numpy(), Type.Q8_0)
+    assert np.array_equal(data.numpy(), expected)
+    error = x.numpy() - gguf.quants.dequantize(expected, Type.Q8_0)
+    assert noise == pytest.approx(float((error.astype(np.float64) ** 2).sum()), rel=1e-5)
+    assert signal == pytest.approx(float(x.double().square().sum()), rel=1e-6)
+
+
+def test_out_and_in_again(folder: Path, tmp_path: Path, tiny: Any) -> None:
+    """What Q4_0 holds comes back to the bit, with config, tokenizer and a report that says so."""
+    assert verify(folder / "q4") == []
+    result = quantize_checkpoint(folder / "q4", tmp_path / "back", "q4")
+    assert result["notes"] == ["1 weights stored as Q8_0 were dequantized and quantized again to w8a"]
+    back, expected = load_file(tmp_path / "back/model.safetensors"), quantize(tiny, "q4").state_dict()
+    for row in result["weights"]:
+        if row["exact"]:
+            assert row["scheme"] == "w4g32" and row["sqnr_db"] is None
+            assert all(torch.equal(back[name], expected[name]) for name in row["tensors"])
+    assert sum(row["exact"] for row in result["weights"]) == 42
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    reference = AutoModelForCausalLM.from_pretrained(TINY)
+    for key in ("layer_types", "rope_parameters", "query_pre_attn_scalar", "sliding_window", "vocab_size"):
+        assert getattr(model.config, key) == getattr(reference.config, key)
+    text = SAMPLE_TEXT.read_text(encoding="utf-8")[:2000]
+    ids = [AutoTokenizer.from_pretrained(path)(text).input_ids for path in (tmp_path / "back", TINY)]
+    assert ids[0] == ids[1]
+    input_ids = torch.tensor([ids[0][:64]])
+    with torch.no_grad():
+        logits, wanted = model(input_ids).logits, tiny(input_ids).logits
+    torch.testing.assert_close(logits, wanted, atol=0.5, rtol=0)  # the table is w8a of Q8_0, everything else the same
+
+
+def test_bf16_gives_the_bytes_of_safetensors(folder: Path, tmp_path: Path) -> None:
+    quantize_checkpoint(folder / "bf16/model.gguf", tmp_path / "gguf")
+    quantize_checkpoint(TINY, tmp_path / "plain")
+    ours, plain = (load_file(tmp_path / name / "model.safetensors") for name in ("gguf", "plain"))
+    assert ours.keys() == plain.keys()
+    packed = [name for name in ours if "norm" not in name]  # norms lose what fp32 cannot hold of 1 + weight
+    assert all(torch.equal(ours[name], plain[name]) for name in packed)
+
+
+def rewrite(source: Path, target: Path, change: Callable[[str, Any], tuple[Any, Any]]) -> None:
+    """Copy a GGUF file with the data (array, type) that `change(name, tensor)` gives for each tensor."""
+    reader = gguf.GGUFReader(source)
+    writer = gguf.GGUFWriter(target, "gemma3")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind, *inner = field.types
+            value = field.contents()
+            writer.add_key_value(key, value, kind, inner[0] if inner else None)
+    for tensor in reader.tensors:
+        data, kind = change(tensor.name, tensor)
+        writer.add_tensor(tensor.name, np.ascontiguousarray(data), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K])
+def test_other_types_are_requantized(folder: Path, tmp_path: Path, kind: Type) -> None:
+    name, shape = "blk.1.ffn_gate.weight", (1024, 256)
+    blocks = random_blocks(kind, *shape)
+    rewrite(
+        folder / "bf16/model.gguf",
+        tmp_path / "model.gguf",
+        lambda n, t: (blocks, kind) if n == name else (t.data, t.tensor_type),
+    )
+    result = quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+    assert result["notes"] == [f"1 weights stored as {kind.name} were dequantized and quantized again to w4g32"]
+    ours = load_file(tmp_path / "out/model.safetensors")
+    expected = quantize_weight(torch.from_numpy(gguf.quants.dequantize(blocks, kind)), "w4g32")
+    prefix = "model.layers.1.mlp.gate_proj.weight"
+    assert torch.equal(ours[f"{prefix}_packed"], expected[0]) and torch.equal(ours[f"{prefix}_scale"], expected[1])
+
+
+def test_rules_count_more_than_what_is_stored(folder: Path, tmp_path: Path) -> None:
+    result = quantize_checkpoint(folder / "q4", tmp_path / "out", rules={"q_proj": "w8c", "k_proj": None})
+    schemes = {row["name"].split(".")[-2]: row["scheme"] for row in result["weights"]}
+    assert (schemes["q_proj"], schemes["k_proj"], schemes["v_proj"]) == ("w8c", "float", "w4g32")
+    AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+
+
+def test_config_beside_the_file(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "q4/model.gguf", tmp_path)
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY / name, tmp_path)
+    quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+    configs = [json.loads((path / "config.json").read_text()) for path in (tmp_path / "out", TINY)]
+    configs[0].pop("quantization_config")
+    assert configs[0] == configs[1]
+
+
+def test_from_pretrained_then_compile(folder: Path) -> None:
+    """transformers dequantizes the file; quantizing that again finds the levels of Q4_0."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "q4", gguf_file="model.gguf", dtype=torch.float32).eval()
+    weight = model.model.layers[2].mlp.up_proj.weight.detach().clone()
+    compiled = torch.compile(model, backend="unicorn")
+    out = compiled.generate(torch.tensor([[2, 17, 900]]), max_new_tokens=2, do_sample=False)
+    assert out.shape == (1, 5)
+    module = model.model.layers[2].mlp.up_proj
+    assert module.scheme == "w4g32" and torch.equal(dequantize(module.packed, *module.weight_shape), weight)
+
+
+def test_infinite_scale(folder: Path, tmp_path: Path) -> None:
+    def change(name: str, tensor: Any) -> tuple[Any, Any]:
+        data = np.array(tensor.data)
+        if name == "blk.0.ffn_up.weight":
+            data[5, :2] = np.frombuffer(np.float16(np.inf).tobytes(), np.uint8)
+        return data, tensor.tensor_type
+
+    rewrite(folder / "q4/model.gguf", tmp_path / "model.gguf", change)
+    with pytest.raises(QuantizationError, match=r"model\.gguf: tensor 'model\.layers\.0\.mlp\.up_proj\.weight'.*Inf"):
+        quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+
+
+def text(value: bytes) -> bytes:
+    return struct.pack("<Q", len(value)) + value
+
+
+def entry(name: bytes = b"w", shape: tuple[int, ...] = (32,), kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, offset)
+
+
+ARCHITECTURE = text(b"general.architecture") + struct.pack("<I", 8) + text(b"gemma3")
+
+
+def file(
+    entries: list[bytes], metadata: bytes = b"", keys: int = 0, data: int = 128, tensors: int | None = None
+) -> bytes:
+    count = len(entries) if tensors is None else tensors
+    head = b"GGUF" + struct.pack("<IQQ", 3, count, keys + 1) + ARCHITECTURE + metadata + b"".join(entries)
+    return head + bytes(-len(head) % 32) + bytes(data)
+
+
+def key(name: bytes, kind: int, value: bytes) -> bytes:
+    return text(name) + struct.pack("<I", kind) + value
+
+
+NESTED = struct.pack("<IQ", 9, 1) * 100 + struct.pack("<IQ", 0, 0)
+HOSTILE: dict[str, tuple[bytes, str]] = {
+    "empty": (b"", "cannot be read"),
+    "magic": (b"GGML" + bytes(100), "does not begin with GGUF"),
+    "version": (b"GGUF" + struct.pack(">I", 3) + bytes(100), "version"),
+    "tensor count": (file([entry()], tensors=2**62), "tensors do not fit"),
+    "key count": (file([entry()], keys=2**40), "metadata entries do not fit"),
+    "long string": (file([], struct.pack("<Q", 2**63), 1), "ends inside a metadata key"),
+    "no text": (file([], key(b"\xff\xfe", 0, b"1"), 1), "not UTF-8"),
+    "long array": (file([], key(b"a", 9, struct.pack("<IQ", 4, 2**61)), 1), "elements of 'a' do not fit"),
+    "nested arrays": (file([], key(b"a", 9, NESTED), 1), "arrays in arrays"),
+    "value type": (file([], key(b"a", 77, b""), 1), "unknown type 77"),
+    "key twice": (file([], ARCHITECTURE, 1), "'general.architecture' twice"),
+    "alignment 0": (file([entry()], key(b"general.alignment", 4, struct.pack("<I", 0)), 1), "alignment is 0"),
+    "alignment 33": (file([entry()], key(b"general.alignment", 4, struct.pack("<I", 33)), 1), "alignment is 33"),
+    "dimensions": (file([text(b"w") + struct.pack("<I", 9)]), "'w' has 9 dimensions"),
+    "gigantic": (file([entry(shape=(2**40, 2**40, 2**40))]), "larger than the file"),
+    "zero": (file([entry(shape=(0,))]), r"shape \[0\]"),
+    "half a block": (file([entry(shape=(33,), kind=2)]), r"'w' of Q4_0 has shape \[33\]"),
+    "tensor type": (file([entry(kind=999)]), "unknown type 999"),
+    "misaligned": (file([entry(offset=7)]), "'w' is at 7"),
+    "past the end": (file([entry(offset=2**40)]), "ends inside tensor 'w'"),
+    "cut": (file([entry()], data=127), "ends inside tensor 'w'"),
+    "overlap": (file([entry(b"a"), entry(b"b", offset=96)], data=256), "'b' overlaps"),
+    "tensor twice": (file([entry(), entry(offset=128)], data=256), "'w' twice"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_file(tmp_path: Path, case: str) -> None:
+    data, message = HOSTILE[case]
+    (tmp_path / "bad.gguf").write_bytes(data)
+    with pytest.raises(CheckpointError, match=message) as caught:
+        read_header(tmp_path / "bad.gguf")
+    assert "bad.gguf" in str(caught.value)
+
+
+def test_good_file_of_the_same_kind(tmp_path: Path) -> None:
+    (tmp_path / "good.gguf").write_bytes(file([entry(), entry(b"v", offset=128)], data=256))
+    header = read_header(tmp_path / "good.gguf")
+    assert header.architecture == "gemma3" and list(header.tensors) == ["w", "v"]
+    assert torch.equal(header.tensors["v"].read(), torch.zeros(32))
+
+
+def test_unusable_models(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.gguf").write_bytes(file([entry()]).replace(b"gemma3", b"bert??"))
+    with pytest.raises(CheckpointError, match=r"other\.gguf"):
+        quantize_checkpoint(tmp_path / "other.gguf", tmp_path / "out")
+    missing = tmp_path / "missing.gguf"
+    rewrite(folder / "q4/model.gguf", missing, lambda n, t: (t.data, t.tensor_type))
+    data = missing.read_bytes().replace(b"blk.3.ffn_up.weight", b"blk.3.ffn_UP.weight")
+    missing.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"'blk\.3\.ffn_UP\.weight' belongs to no weight"):
+        quantize_checkpoint(missing, tmp_path / "out")
+
+
+def test_only_what_it_can_write(tmp_path: Path) -> None:
+    from tests.quantize.test_stream import llama
+
+    llama().save_pretrained(tmp_path / "float")
+    with pytest.raises(CheckpointError, match="Gemma 3 text models"):
+        quantize_checkpoint(tmp_path / "float", tmp_path / "out", format="gguf")

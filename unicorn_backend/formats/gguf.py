@@ -1,0 +1,267 @@
+"""GGUF files: a reader that checks everything before it believes it, and Q4_0 blocks in our tiles.
+
+The gguf package describes the types and dequantizes them, transformers maps names, configs and tokenizers.
+Both trust the file, so `read_header` walks it first: every count, length, offset and type is checked
+against the size of the file.
+
+    "GGUF", version, number of tensors, number of metadata entries
+    metadata entries: key, type, value
+    tensor entries: name, dimensions (fastest first), type, offset in the data
+    data, aligned: the tensors, without overlap
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import struct
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
+from gguf.quants import dequantize
+from torch import Tensor
+
+from unicorn_backend.errors import CheckpointError
+from unicorn_backend.formats.safetensors import StoredTensor, read_exactly
+from unicorn_backend.layouts import pack_nibbles
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+MAX_NESTING = 3  # arrays of arrays; no file in use has any
+MAX_DIMENSIONS = 4
+FLOATS = {
+    GGMLQuantizationType.F32: torch.float32,
+    GGMLQuantizationType.F16: torch.float16,
+    GGMLQuantizationType.BF16: torch.bfloat16,
+}
+_SIZES = {
+    GGUFValueType.UINT8: 1, GGUFValueType.INT8: 1, GGUFValueType.BOOL: 1, GGUFValueType.UINT16: 2,
+    GGUFValueType.INT16: 2, GGUFValueType.UINT32: 4, GGUFValueType.INT32: 4, GGUFValueType.FLOAT32: 4,
+    GGUFValueType.UINT64: 8, GGUFValueType.INT64: 8, GGUFValueType.FLOAT64: 8,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GgufTensor(StoredTensor):
+    """A tensor of a GGUF file. `dtype` is that of its values when read, `type` how they are stored.
+
+    offset_values: added to the values while reading (Gemma's norms are stored as weight + 1).
+    row_order: which stored row each row of the weight is; None: the same.
+    """
+
+    type: GGMLQuantizationType = GGMLQuantizationType.F32
+    offset_values: float = 0.0
+    row_order: Tensor | None = field(default=None, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        elements, size = GGML_QUANT_SIZES[self.type]
+        return self.numel // elements * size
+
+    @property
+    def row_bytes(self) -> int:
+        return self.nbytes // (self.numel // self.shape[-1])
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme that holds the same values, if there is one."""
+        return "w4g32" if self.type == GGMLQuantizationType.Q4_0 and len(self.shape) == 2 else None
+
+    @property
+    def type_name(self) -> str:
+        return "" if self.type in FLOATS else str(self.type.name)
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """Elements first..last-1 of the flattened tensor; for block types only whole rows."""
+        last = self.numel if last is None else last
+        if self.type in FLOATS and self.row_order is None:
+            stored = StoredTensor(self.name, FLOATS[self.type], self.shape, self.file, self.offset)
+            values = stored.read(first, last)
+        else:
+            k = self.shape[-1]
+            values = self._values(self._blocks(first // k, -(-last // k)))[first % k :][: last - first]
+        return (values.float() + self.offset_values).to(self.dtype) if self.offset_values else values.to(self.dtype)
+
+    def rows(self, first: int, last: int) -> Tensor:
+        return self.read(first * self.shape[1], last * self.shape[1]).view(last - first, self.shape[1])
+
+    def packed_rows(self, first: int, last: int) -> list[Tensor]:
+        """Rows first..last-1 in the layout of `scheme`, with exactly the stored values."""
+        return repack_q4_0(self._blocks(first, last))
+
+    def _blocks(self, first: int, last: int) -> Tensor:
+        """The bytes of rows first..last-1, uint8 [rows, row_bytes]."""
+        data = torch.empty(last - first, self.row_bytes, dtype=torch.uint8)
+        if self.row_order is None:
+            read_exactly(self.file, self.offset + first * self.row_bytes, data.view(-1), self.name)
+        else:
+            for i, row in enumerate(self.row_order[first:last].tolist()):
+                read_exactly(self.file, self.offset + row * self.row_bytes, data[i], self.name)
+        return data
+
+    def _values(self, blocks: Tensor) -> Tensor:
+        if self.type in FLOATS:
+            return blocks.view(-1).view(FLOATS[self.type])
+        values: Tensor = torch.from_numpy(dequantize(blocks.numpy(), self.type))
+        return values.view(-1)
+
+
+def repack_q4_0(blocks: Tensor) -> list[Tensor]:
+    """Q4_0 rows uint8 [n, k / 32 * 18] -> w4g32 [w, s] with the same values.
+
+    A block is an fp16 scale and 16 bytes: the low nibbles are columns 0..15, the high ones 16..31.
+    """
+    n = blocks.shape[0]
+    groups = blocks.view(n, -1, 18)
+    scales = groups[..., :2].contiguous().view(torch.float16)[..., 0]
+    halves = groups[..., 2:]
+    nibbles = torch.cat((halves & 15, halves >> 4), dim=-1)
+    return pack_nibbles(nibbles.view(n, -1), scales)
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """architecture: `general.architecture`; tensors by the name in the file."""
+
+    path: Path
+    architecture: str
+    tensors: dict[str, GgufTensor]
+    keys: tuple[str, ...]
+
+
+def read_header(path: Path) -> GgufHeader:
+    """Check a GGUF file and list its tensors. CheckpointError, naming file and tensor, for anything odd."""
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            return _Walk(path, data).header()
+    except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+class _Walk:
+    """Reads the file from front to back; `self.at` never passes the end."""
+
+    def __init__(self, path: Path, data: mmap.mmap) -> None:
+        self.path, self.data, self.at, self.size = path, data, 0, len(data)
+
+    def header(self) -> GgufHeader:
+        if self.take(4, "magic") != MAGIC:
+            raise self.bad("does not begin with GGUF")
+        version = self.number("<I", "version")
+        if version not in VERSIONS:
+            raise self.bad(f"version {version}, known are {VERSIONS} in little-endian")
+        tensor_count = self.count(32, "tensors")
+        entries = self.metadata(self.count(13, "metadata entries"))
+        architecture, alignment = entries["general.architecture"], entries["general.alignment"]
+        if not isinstance(architecture, str):
+            raise self.bad("no general.architecture")
+        if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1) or alignment > 1 << 20:
+            raise self.bad(f"general.alignment is {alignment!r}, not a power of two from 8 on")
+        found = [self.tensor() for _ in range(tensor_count)]
+        tensors = self.placed(found, -(-self.at // alignment) * alignment, alignment)
+        return GgufHeader(self.path, architecture, tensors, tuple(entries))
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        """Every key; the value of the two that matter here."""
+        entries: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.string("a metadata key")
+            if key in entries:
+                raise self.bad(f"metadata key {key!r} twice")
+            entries[key] = self.value(self.value_type(key), key, 0)
+        return {"general.architecture": None, "general.alignment": 32} | entries
+
+    def value(self, kind: GGUFValueType, key: str, depth: int) -> Any:
+        """The value if it is a string or an uint32, else None."""
+        if kind == GGUFValueType.STRING:
+            return self.string(key)
+        if kind == GGUFValueType.UINT32:
+            return self.number("<I", key)
+        if kind != GGUFValueType.ARRAY:
+            self.take(_SIZES[kind], key)
+            return None
+        inner = self.value_type(key)
+        if depth == MAX_NESTING:
+            raise self.bad(f"arrays in arrays in metadata {key!r}")
+        count = self.count(_SIZES.get(inner, 8), f"elements of {key!r}")
+        if inner in _SIZES:
+            self.take(count * _SIZES[inner], key)
+        else:
+            for _ in range(count):
+                self.value(inner, key, depth + 1)
+        return None
+
+    def tensor(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
+        name = self.string("a tensor name")
+        dimensions = self.number("<I", name)
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
+            raise self.bad(f"tensor {name!r} has {dimensions} dimensions")
+        shape = tuple(self.number("<Q", name) for _ in range(dimensions))[::-1]
+        kind = self.number("<I", name)
+        if kind not in list(GGMLQuantizationType):
+            raise self.bad(f"tensor {name!r} has the unknown type {kind}")
+        return name, shape, GGMLQuantizationType(kind), self.number("<Q", name)
+
+    def placed(
+        self, entries: list[tuple[str, tuple[int, ...], GGMLQuantizationType, int]], start: int, alignment: int
+    ) -> dict[str, GgufTensor]:
+        """The tensors, if each lies in the file and no two overlap."""
+        tensors: dict[str, GgufTensor] = {}
+        for name, shape, kind, offset in entries:
+            if name in tensors:
+                raise self.bad(f"tensor {name!r} twice")
+            elements, size = GGML_QUANT_SIZES[kind]
+            if 0 in shape or shape[-1] % elements:
+                raise self.bad(f"tensor {name!r} of {kind.name} has shape {list(shape)}")
+            if math.prod(shape) // elements * size > self.size:
+                raise self.bad(f"tensor {name!r} of {kind.name} {list(shape)} is larger than the file")
+            if offset % alignment:
+                raise self.bad(f"tensor {name!r} is at {offset}, not a multiple of {alignment}")
+            dtype = FLOATS.get(kind, torch.float32)
+            tensors[name] = GgufTensor(name, dtype, shape, self.path, start + offset, kind)
+        end = start
+        for tensor in sorted(tensors.values(), key=lambda tensor: tensor.offset):
+            if tensor.offset < end:
+                raise self.bad(f"tensor {tensor.name!r} overlaps another")
+            end = tensor.offset + tensor.nbytes
+            if end > self.size:
+                raise self.bad(f"ends inside tensor {tensor.name!r}: cut short, copy or download it again")
+        return tensors
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.size - self.at:
+            raise self.bad(f"ends inside {what}: cut short, copy or download it again")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def number(self, form: str, what: str) -> int:
+        value: int = struct.unpack(form, self.take(struct.calcsize(form), what))[0]
+        return value
+
+    def count(self, least_bytes: int, what: str) -> int:
+        """A count of things that take at least `least_bytes` each."""
+        value = self.number("<Q", what)
+        if value > (self.size - self.at) // least_bytes:
+            raise self.bad(f"{value} {what} do not fit into the file")
+        return value
+
+    def string(self, what: str) -> str:
+        data = self.take(self.number("<Q", what), what)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise self.bad(f"{what} is not UTF-8") from error
+
+    def value_type(self, key: str) -> GGUFValueType:
+        kind = self.number("<I", key)
+        if kind not in list(GGUFValueType):
+            raise self.bad(f"metadata {key!r} has the unknown type {kind}")
+        return GGUFValueType(kind)
+
+    def bad(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.path}: not a usable GGUF file: {what}")

@@ -1,0 +1,145 @@
+"""A GGUF file as transformers sees it: config, names of the weights, tokenizer.
+
+transformers knows most of this; where its reading of a config is incomplete (Gemma 3: rotary bases,
+scaling, pattern of layers, scale of the attention), the metadata fill it in as llama.cpp reads them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf import GGMLQuantizationType, GGUFReader
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers.modeling_gguf_pytorch_utils import (
+    TENSOR_PROCESSORS,
+    Gemma2TensorProcessor,
+    LlamaTensorProcessor,
+    TensorProcessor,
+    get_gguf_hf_weights_map,
+)
+
+from unicorn_backend.errors import CheckpointError
+from unicorn_backend.formats.gguf import GgufHeader, GgufTensor, read_header
+
+__all__ = ["dtype_of", "named_tensors", "read_config", "read_header", "write_tokenizer"]
+
+# What transformers raises for metadata that make no sense; the file's header is sound at this point.
+_NONSENSE = (ValueError, TypeError, KeyError, IndexError, OverflowError, ZeroDivisionError, AttributeError)
+_SUPPORTED = (TensorProcessor, Gemma2TensorProcessor, LlamaTensorProcessor)
+_GEMMA_3_27B_LAYERS = 62  # the one size whose attention is not scaled by the head dimension
+# Not weights of the model: rotary tables that llama.cpp stores.
+_IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
+
+
+def read_config(header: GgufHeader) -> Any:
+    """The transformers config that the metadata describe."""
+    path = header.path
+    layers = _number(_fields(path, header.architecture).get("block_count"), "block_count", header)
+    if layers > len(header.tensors):
+        raise CheckpointError(f"{path}: block_count is {layers}, with {len(header.tensors)} tensors in the file")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except _NONSENSE as error:
+        raise CheckpointError(f"{path}: transformers cannot read a config from its metadata: {error}") from error
+    if header.architecture == "gemma3":
+        return _gemma3(config, header)
+    return config
+
+
+def _gemma3(config: Any, header: GgufHeader) -> Any:
+    """As llama.cpp reads it (src/models/gemma3.cpp)."""
+    fields = _fields(header.path, "gemma3")
+    settings = config.to_dict()
+    pattern = fields.get("attention.sliding_window_pattern", 6)
+    full = {"rope_type": "default", "rope_theta": float(fields.get("rope.freq_base", 1e6))}
+    if fields.get("rope.scaling.type") == "linear":
+        full |= {"rope_type": "linear", "factor": float(fields["rope.scaling.factor"])}
+    local = {"rope_type": "default", "rope_theta": float(fields.get("rope.freq_base_swa", 1e4))}
+    wide = config.num_hidden_layers == _GEMMA_3_27B_LAYERS
+    settings |= {
+        "layer_types": _layer_types(pattern, config.num_hidden_layers, header),
+        "rope_parameters": {"full_attention": full, "sliding_attention": local},
+        "query_pre_attn_scalar": config.hidden_size // config.num_attention_heads if wide else config.head_dim,
+        "final_logit_softcapping": fields.get("final_logit_softcapping"),
+        "architectures": ["Gemma3ForCausalLM"],
+    }
+    return type(config).from_dict(settings)
+
+
+def _layer_types(pattern: Any, layers: int, header: GgufHeader) -> list[str]:
+    """pattern: every so many layers attend to everything, or a flag per layer that says "sliding"."""
+    if isinstance(pattern, int) and pattern > 0:
+        sliding = [(i + 1) % pattern != 0 for i in range(layers)]
+    elif isinstance(pattern, list) and len(pattern) == layers:
+        sliding = [bool(flag) for flag in pattern]
+    else:
+        raise CheckpointError(f"{header.path}: attention.sliding_window_pattern is {pattern!r} for {layers} layers")
+    return ["sliding_attention" if flag else "full_attention" for flag in sliding]
+
+
+def named_tensors(header: GgufHeader, config: Any) -> Mapping[str, GgufTensor]:
+    """The tensors under their names in transformers. CheckpointError for one that the model does not have."""
+    from unicorn_backend.quantize.skeleton import empty_model
+
+    kind = TENSOR_PROCESSORS.get(header.architecture, TensorProcessor)
+    if kind not in _SUPPORTED:
+        raise CheckpointError(f"{header.path}: architecture {header.architecture!r} is not supported")
+    try:
+        model = empty_model(config, torch.bfloat16)
+        names = get_gguf_hf_weights_map(model, kind(config=config.to_dict()))
+    except (*_NONSENSE, NotImplementedError, RuntimeError) as error:
+        raise CheckpointError(f"{header.path}: its metadata describe no model: {error}") from error
+    found = {}
+    for name, tensor in header.tensors.items():
+        if name in _IGNORED:
+            continue
+        if name not in names:
+            raise CheckpointError(f"{header.path}: tensor {name!r} belongs to no weight of {type(model).__name__}")
+        offset = -1.0 if kind is Gemma2TensorProcessor and "norm.weight" in name else 0.0
+        order = _rotary_order(name, tensor, config) if kind is LlamaTensorProcessor else None
+        renamed = names[name]
+        found[renamed] = dataclasses.replace(tensor, name=renamed, offset_values=offset, row_order=order)
+    return found
+
+
+def _rotary_order(name: str, tensor: GgufTensor, config: Any) -> torch.Tensor | None:
+    """llama.cpp interleaves the two halves of each head of q and k; this undoes it."""
+    if ".attn_q." not in name and ".attn_k." not in name:
+        return None
+    heads = config.num_attention_heads if ".attn_q." in name else config.num_key_value_heads
+    rows = torch.arange(tensor.shape[0])
+    return rows.view(heads, -1, 2).transpose(1, 2).reshape(-1)
+
+
+def dtype_of(header: GgufHeader) -> torch.dtype:
+    """Dtype of the model: that of its matrices if they are all fp32, else bf16 (Gemma overflows in fp16)."""
+    kinds = {tensor.type for tensor in header.tensors.values() if len(tensor.shape) > 1}
+    return torch.float32 if kinds == {GGMLQuantizationType.F32} else torch.bfloat16
+
+
+def write_tokenizer(path: Path, folder: Path) -> None:
+    """The tokenizer inside a GGUF file, as transformers reads it, and the ids that end a text."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except _NONSENSE as error:
+        raise CheckpointError(f"{path}: transformers cannot read its tokenizer: {error}") from error
+    tokenizer.save_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    GenerationConfig(**ids).save_pretrained(folder)
+
+
+def _fields(path: Path, architecture: str) -> dict[str, Any]:
+    """Metadata of the architecture, without its prefix."""
+    prefix = f"{architecture}."
+    fields = GGUFReader(path).fields
+    return {key.removeprefix(prefix): field.contents() for key, field in fields.items() if key.startswith(prefix)}
+
+
+def _number(value: Any, name: str, header: GgufHeader) -> int:
+    if not isinstance(value, int) or value < 1:
+        raise CheckpointError(f"{header.path}: {header.architecture}.{name} is {value!r}")
+    return value
