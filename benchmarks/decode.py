@@ -2,7 +2,7 @@
 
     python benchmarks/decode.py                                  # tiny and gemma3-1b
     python benchmarks/decode.py gemma3-4b --rounds 3
-    python benchmarks/decode.py gemma3-1b --peer llama-bench=PATH --gguf FILE
+    python benchmarks/decode.py gemma3-1b --peer llama.cpp=PATH --peer 'ik_llama.cpp=PATH -rtr 1' --gguf FILE
 
 The machine should be otherwise idle. Each result carries its provenance and the bandwidth read around it.
 """
@@ -26,15 +26,15 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--peer", default="", metavar="llama-bench=PATH")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=LLAMA_BENCH")
     parser.add_argument("--gguf", type=Path)
     args = parser.parse_args()
     logging.disable_progress_bar()
     RESULTS.mkdir(exist_ok=True)
-    peer = bench.Peer.parse(args.peer, args.gguf) if args.peer else None
+    peers = [bench.Peer.parse(spec, args.gguf) for spec in args.peer]
     for name in args.models:
         work = bench.Workload(name, args.prompt_tokens, args.new_tokens, args.rounds)
-        result = bench.bench(work, peer=peer)
+        result = bench.bench(work, peers=peers)
         path = RESULTS / f"decode-{Path(name).name}.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         print(bench.report(result), f"\n-> {path.relative_to(RESULTS.parents[1])}\n")

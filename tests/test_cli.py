@@ -131,19 +131,24 @@ def test_bench_runs_a_peer(tmp_path: Path) -> None:
     program.write_text(f"#!/bin/sh\necho '{json.dumps(runs)}'\n")
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     gguf.write_bytes(bytes(1000))
-    args = ("bench", "-p", "16", "-n", "4", "--rounds", "1", "--peer", f"llama-bench={program}", "--gguf", str(gguf))
-    row = call_json(*args, "--no-eager")["systems"][-1]
-    assert row["name"] == "llama-bench" and row["model_bytes"] == 1000
+    args = ("bench", "-p", "16", "-n", "4", "--rounds", "1", "--gguf", str(gguf))
+    peers = ("--peer", f"one={program}", "--peer", f"two={program} --option 1")
+    systems = call_json(*args, *peers, "--no-eager")["systems"]
+    assert [system["name"] for system in systems] == ["unicorn", "one", "two"]
+    row = systems[-1]
+    assert row["model_bytes"] == 1000
     assert row["decode_tok_s"]["median"] == 25 and row["prefill_tok_s"]["median"] == 100
 
 
 def test_peer_errors_say_what_is_allowed(tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="llama-bench=PATH"):
-        bench.Peer.parse("ollama=/bin/true", None)
+    with pytest.raises(OptionError, match="NAME=PROGRAM"):
+        bench.Peer.parse("ollama", None)
+    with pytest.raises(OptionError, match="NAME=PROGRAM"):
+        bench.Peer.parse("ollama=/no/such/program", None)
     with pytest.raises(OptionError, match="--gguf"):
         bench.Peer.parse("llama-bench=/bin/true", tmp_path / "missing.gguf")
     with pytest.raises(UnicornError, match="no usable result"):
-        bench.Peer(Path("/bin/true"), tmp_path).run(1, 1)
+        bench.Peer("true", ("/bin/true",), tmp_path).run(1, 1)
 
 
 @pytest.mark.parametrize("args", [("run", "x", "-m", "/no/such/model"), ("run", "x", "-r", "w3")])

@@ -209,20 +209,22 @@ def bench(
     rounds: Annotated[int, typer.Option(min=1)] = 5,
     threads: Annotated[int, typer.Option(min=0, help="0 leaves torch's choice.")] = 0,
     eager: Annotated[bool, typer.Option("--eager/--no-eager", help="Compare with eager bf16.")] = True,
-    peer: Annotated[str, typer.Option(metavar="llama-bench=PATH", help="Compare with an external program.")] = "",
-    gguf: Annotated[Path | None, typer.Option(help="Model file of the peer.")] = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=LLAMA_BENCH", help="Compare with a program; repeat.")
+    ] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Model file of the peers.")] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second next to the memory ceiling and to eager bf16, interleaved.
 
     Examples: `unicorn bench`, `unicorn bench -m gemma3-1b -p 512 -n 128 --output 1b.json`,
-    `unicorn bench -m gemma3-1b --peer llama-bench=./llama-bench --gguf gemma-3-1b-q4_0.gguf`
+    `unicorn bench -m gemma3-1b --peer llama.cpp=./llama-bench --gguf gemma-3-1b-q4_0.gguf`
     """
     if threads:
         torch.set_num_threads(threads)
     work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, recipe)
-    result = benchmark.bench(work, eager=eager, peer=benchmark.Peer.parse(peer, gguf) if peer else None)
+    result = benchmark.bench(work, eager=eager, peers=[benchmark.Peer.parse(spec, gguf) for spec in peer or ()])
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     typer.echo(json.dumps(result, indent=2) if as_json else benchmark.report(result))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shlex
 import statistics
 import subprocess
 from collections.abc import Callable, Sequence
@@ -28,31 +29,36 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Peer:
-    """An external program to run in the same rounds: `llama-bench` of llama.cpp (or a fork of it)."""
+    """An external program to run in the same rounds: `llama-bench` of llama.cpp or of a fork of it."""
 
-    program: Path
+    name: str
+    command: tuple[str, ...]
     gguf: Path
 
     @classmethod
     def parse(cls, spec: str, gguf: Path | None) -> Peer:
-        """From `llama-bench=PATH` and the model file."""
-        kind, _, program = spec.partition("=")
-        if kind != "llama-bench" or not Path(program).is_file():
-            raise OptionError(f"--peer: got {spec!r}, allowed is llama-bench=PATH with PATH an existing program")
+        """From `NAME=PROGRAM [OPTIONS]` and the model file; NAME is what the table calls it."""
+        name, _, line = spec.partition("=")
+        command = shlex.split(line)
+        if not name or not command or not Path(command[0]).is_file():
+            raise OptionError(
+                f"--peer: got {spec!r}, expected NAME=PROGRAM [OPTIONS] with PROGRAM an existing llama-bench, "
+                "such as 'llama.cpp=./llama-bench'"
+            )
         if gguf is None or not gguf.is_file():
             raise OptionError(f"--gguf: got {str(gguf)!r}, a peer needs the path of an existing GGUF file")
-        return cls(Path(program), gguf)
+        return cls(name, tuple(command), gguf)
 
     def run(self, prompt_tokens: int, new_tokens: int) -> Timing:
         sizes = ["-p", str(prompt_tokens), "-n", str(new_tokens), "-t", str(torch.get_num_threads())]
-        command = [str(self.program), "-m", str(self.gguf), *sizes, "-r", "1", "-o", "json"]
+        command = [*self.command, "-m", str(self.gguf), *sizes, "-r", "1", "-o", "json"]
         try:
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             runs = json.loads(output)
             prefill = next(run["avg_ts"] for run in runs if run["n_prompt"] and not run["n_gen"])
             decode = next(run["avg_ts"] for run in runs if run["n_gen"] and not run["n_prompt"])
         except (subprocess.CalledProcessError, json.JSONDecodeError, KeyError, StopIteration) as error:
-            raise UnicornError(f"peer {self.program.name} gave no usable result: {error}") from error
+            raise UnicornError(f"peer {self.name} gave no usable result: {error}") from error
         return Timing(float(prefill), float(decode))
 
 
@@ -79,12 +85,12 @@ class System:
     note: str = ""
 
 
-def bench(work: Workload, *, eager: bool = True, peer: Peer | None = None) -> dict[str, Any]:
+def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> dict[str, Any]:
     """Measure and return the JSON object."""
     ids = models.sample_ids(work.prompt_tokens, work.model)
     original = models.load(work.model)
     parameters = sum(p.numel() for p in original.parameters())
-    systems = _systems(original, work, ids, eager, peer)
+    systems = _systems(original, work, ids, eager, peers)
     # Hashing is also the warm-up: afterwards everything is compiled.
     hashes = {s.name: measure.last_logits_hash(s.model, ids, work.new_tokens) for s in systems if s.model is not None}
     kv = measure.kv_bytes(original, context=work.prompt_tokens + work.new_tokens // 2)
@@ -110,18 +116,18 @@ def bench(work: Workload, *, eager: bool = True, peer: Peer | None = None) -> di
     }
 
 
-def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peer: Peer | None) -> list[System]:
-    """unicorn first, then eager bf16, then the peer."""
+def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peers: Sequence[Peer]) -> list[System]:
+    """unicorn first, then eager bf16, then the peers."""
     quantized = copy.deepcopy(original) if eager else original
     unicorn_backend.quantize(quantized, recipe=work.recipe)
     named = {"unicorn": torch.compile(quantized, backend="unicorn")}
     if eager:
         named["eager bf16"] = original
     systems = [_hugging_face(name, model, ids, work) for name, model in named.items()]
-    if peer is not None:
+    for peer in peers:
         size = peer.gguf.stat().st_size
         run = partial(peer.run, work.prompt_tokens, work.new_tokens)
-        systems.append(System(peer.program.name, run, None, size, size, note=peer.gguf.name))
+        systems.append(System(peer.name, run, None, size, size, note=peer.gguf.name))
     return systems
 
 
