@@ -203,9 +203,16 @@ void set_mask(AttentionArgs& args, Tensor& mask) {
     const DType type = dtype_of(mask, "unicorn::int8_attention: mask (or bool)");
     args.mask_kind = type == DType::f32 ? MaskKind::f32 : type == DType::bf16 ? MaskKind::bf16 : MaskKind::f16;
   }
-  mask = mask.expand({args.B, args.H, args.T, args.S});
+  const int64_t sizes[4] = {args.B, args.H, args.T, args.S};
+  const int64_t missing = 4 - mask.dim();
+  TORCH_CHECK(missing >= 0, "unicorn::int8_attention: mask: got shape ", mask.sizes(), ", expected at most four dims");
+  for (int64_t i = 0; i < 4; ++i) {
+    const int64_t size = i < missing ? 1 : mask.size(i - missing);
+    TORCH_CHECK(size == sizes[i] || size == 1, "unicorn::int8_attention: mask: got shape ", mask.sizes(),
+                ", expected one that broadcasts to ", at::IntArrayRef(sizes));
+    args.mask_stride[i] = size == 1 ? 0 : mask.stride(i - missing);
+  }
   args.mask = mask.const_data_ptr();
-  for (int i = 0; i < 4; ++i) args.mask_stride[i] = mask.stride(i);
 }
 
 // q k^T, softmax, v: fp32 [B, T, H * Dv] in `out`.

@@ -41,6 +41,11 @@ def _current_roots() -> tuple[nn.Module, ...]:
     return roots
 
 
+def is_ours() -> bool:
+    """True while this thread is in a call that was compiled with this backend."""
+    return getattr(_current, "ours", False)
+
+
 class Session:
     """One `torch.compile` context: its options, and the modules it was applied to."""
 
@@ -58,14 +63,14 @@ class Session:
 
     def enter(self) -> Callable[[], None]:
         """Enter hook of every compiled call; returns what undoes it."""
-        before = _current_roots()
-        _current.roots = tuple(self._roots)
+        before, outside = _current_roots(), not is_ours()
+        _current.roots, _current.ours = tuple(self._roots), True
         for root in _current.roots:
             if root not in self._prepared and prepare(root, self.options):
                 self._prepared.add(root)
 
         def leave() -> None:
-            _current.roots = before
+            _current.roots, _current.ours = before, not outside
 
         return leave
 
