@@ -6,6 +6,7 @@ instead of 1 for a dynamic cache that passes its window, 3 for a static one. The
 the same values with min and max. They are installed when the backend is first used, if a self-test
 against the originals passes (`_agrees`); else transformers stays as it is and the log says so.
 
+Dynamic layers do so, and grow in place, only while they are being compiled; eager calls stay transformers' own.
 The order of the cached tokens, the shapes reported to the mask code and every returned value are
 those of transformers, except that a static layer returns only the visible past for several new
 tokens at once (transformers: the whole buffer, with a mask that hides the rest).
@@ -31,18 +32,19 @@ def install() -> bool:
     if caches is None or masks is None or getattr(caches, "_unicorn_installed", False):
         return False
     full, sliding, static = caches.DynamicLayer, caches.DynamicSlidingWindowLayer, caches.StaticSlidingWindowLayer
-    new_full: Any = type("_Full", (full,), _growing(full, lambda self, tokens: (None, None)))
-    new_sliding: Any = type("_Sliding", (sliding,), _sliding_methods(sliding))
-    new_static: Any = type("_Static", (static,), _static_methods())
-    pairs = ((full, new_full, ()), (sliding, new_sliding, (4,)), (static, new_static, (9, 4)))
-    if not all(_agrees(partial(old, *args), partial(new, *args)) for old, new, args in pairs):
+    layers = ((full, _full_methods, ()), (sliding, _sliding_methods, (4,)), (static, _static_methods, (9, 4)))
+    for layer, methods, args in layers:
+        tested: Any = type("_Tested", (layer,), methods(layer, eager=True))
+        if _agrees(partial(layer, *args), partial(tested, *args)):
+            continue
         log.warning(
             "transformers %s changed its caches: expect up to 4 more graphs when a window fills, and slower decoding",
             sys.modules["transformers"].__version__,
         )
         return False
-    for old, new, _ in pairs:
-        old.update, old.get_mask_sizes = new.update, new.get_mask_sizes
+    for layer, methods, _ in layers:
+        for name, method in methods(layer, eager=False).items():
+            setattr(layer, name, method)
     for layer in (full, sliding):
         _hook_crop(layer)
     _hook_mask_skip(masks)
@@ -50,15 +52,17 @@ def install() -> bool:
     return True
 
 
-def _growing(layer: type, visible: Any) -> dict[str, Any]:
+def _growing(layer: type, visible: Any, *, eager: bool) -> dict[str, Any]:
     """`update` of a dynamic layer: `append_rows` in place of a copy of the whole cache per token.
 
     `visible(self, tokens)` -> how many of the latest rows are kept, and how many are returned.
+    eager: False leaves calls that are not being compiled to transformers.
     """
     plain = layer.update  # type: ignore[attr-defined]
 
     def update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        if key_states.device.type != "cpu" or (torch.is_grad_enabled() and key_states.requires_grad):
+        ours = key_states.device.type == "cpu" and not (torch.is_grad_enabled() and key_states.requires_grad)
+        if not (ours and (eager or torch.compiler.is_compiling())):
             result: tuple[Tensor, Tensor] = plain(self, key_states, value_states, *args, **kwargs)
             return result
         grown = []
@@ -82,7 +86,11 @@ def _growing(layer: type, visible: Any) -> dict[str, Any]:
     return {"update": update}
 
 
-def _sliding_methods(layer: type) -> dict[str, Any]:
+def _full_methods(layer: type, *, eager: bool) -> dict[str, Any]:
+    return _growing(layer, lambda self, tokens: (None, None), eager=eager)
+
+
+def _sliding_methods(layer: type, *, eager: bool) -> dict[str, Any]:
     def visible(self: Any, tokens: int) -> tuple[int | None, int | None]:
         self.cumulative_length += tokens
         past = self.sliding_window - 1
@@ -92,7 +100,7 @@ def _sliding_methods(layer: type) -> dict[str, Any]:
         past = self.sliding_window - 1
         return min(self.cumulative_length, past) + query_length, max(self.cumulative_length - past, 0)
 
-    return {**_growing(layer, visible), "get_mask_sizes": get_mask_sizes}
+    return {**_growing(layer, visible, eager=eager), "get_mask_sizes": get_mask_sizes}
 
 
 def _hook_crop(layer: Any) -> None:
@@ -108,7 +116,7 @@ def _hook_crop(layer: Any) -> None:
     layer.crop = crop
 
 
-def _static_methods() -> dict[str, Any]:
+def _static_methods(layer: type, *, eager: bool) -> dict[str, Any]:
     def update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
