@@ -7,9 +7,10 @@ and the schemes are decided by the same `rewrite.plan` that quantizes a model in
 from __future__ import annotations
 
 import copy
+import functools
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -36,38 +37,42 @@ class Skeleton:
     recipe: Recipe
     schemes: dict[str, str]
     left: dict[str, str]
-    _names: dict[str, Any] = field(default_factory=dict)
+
+    @functools.cached_property
+    def state(self) -> dict[str, torch.Tensor]:
+        """The parameters and buffers on meta, by name. Walking the modules again per tensor is quadratic."""
+        return dict(self.model.state_dict())
+
+    @functools.cached_property
+    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
+        """What transformers renames and what it merges while it loads this model."""
+        steps = get_model_conversion_mapping(self.model)
+        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+        return renamings, [step for step in steps if isinstance(step, WeightConverter)]
 
     def parameter_of(self, key: str) -> str | None:
         """Name in the model of a stored tensor; None if the model does not use it as it is stored.
 
         Tensors that transformers merges while loading (experts) have none: they are copied.
         """
-        if not self._names:
-            transforms = get_model_conversion_mapping(self.model)
-            self._names["renamings"] = [step for step in transforms if isinstance(step, WeightRenaming)]
-            self._names["converters"] = [step for step in transforms if isinstance(step, WeightConverter)]
-        state, prefix = self.model.state_dict(), self.model.base_model_prefix
-        name, merged = rename_source_key(key, self._names["renamings"], self._names["converters"], prefix, state)
-        if name not in state and key in state:
+        name, merged = rename_source_key(key, *self._conversions, self.model.base_model_prefix, self.state)
+        if name not in self.state and key in self.state:
             name, merged = key, None
-        return name if merged is None and name in state else None
+        return name if merged is None and name in self.state else None
 
     def is_merged(self, key: str) -> bool:
         """True for a stored tensor that becomes a part of a parameter."""
-        renamings, converters = self._names["renamings"], self._names["converters"]
-        return rename_source_key(key, renamings, converters)[1] is not None
+        return rename_source_key(key, *self._conversions)[1] is not None
 
     def dtype_of(self, name: str) -> torch.dtype:
         """Dtype that `from_pretrained(..., dtype="auto")` gives to a float tensor of the model."""
-        tensor: torch.Tensor = self.model.state_dict()[name]
         plan = self.model._get_dtype_plan(self.model.dtype)
         if plan:
             pattern, globs, _ = build_glob_alternation(list(plan))
             if found := pattern.search(name):
                 dtype: torch.dtype = plan[globs[found.lastgroup]]
                 return dtype
-        return tensor.dtype
+        return self.state[name].dtype
 
     def tied_to(self, name: str) -> str | None:
         """The parameter that `name` shares its memory with, if it is the one that is not stored."""
@@ -78,7 +83,7 @@ class Skeleton:
     def missing(self, found: Iterable[str]) -> list[str]:
         """Parameters that none of the names in `found` gives."""
         there = set(found)
-        names = [name for name in self.model.state_dict() if name not in there]
+        names = [name for name in self.state if name not in there]
         return [name for name in names if self.tied_to(name) not in there]
 
 

@@ -203,7 +203,7 @@ def _same(a: StoredTensor, b: StoredTensor) -> bool:
 
 
 def _check_shape(stored: StoredTensor, name: str, model: Skeleton) -> None:
-    wanted = tuple(model.model.state_dict()[name].shape)
+    wanted = tuple(model.state[name].shape)
     if stored.shape != wanted:
         raise CheckpointError(
             f"{stored.file}: tensor {stored.name!r} has shape {list(stored.shape)}, the model has {list(wanted)}: "
