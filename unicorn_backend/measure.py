@@ -94,7 +94,9 @@ def read_bandwidth(size_bytes: int = 1 << 30, passes: int = 5) -> float:
     Anything that disturbs a pass only lowers it, so the best one is the one to call the ceiling.
     """
     assets.load_native()
-    data = torch.classes.unicorn.Arena([size_bytes]).place(torch.ones(size_bytes // 4))  # huge pages, as the weights
+    data = torch.classes.unicorn.Arena([size_bytes]).place(
+        torch.ones(1).expand(size_bytes // 4)
+    )  # in huge pages, as the weights
     seconds = []
     for _ in range(passes):
         start = time.perf_counter()

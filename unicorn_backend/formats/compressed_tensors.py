@@ -30,9 +30,10 @@ from unicorn_backend.formats.target import (
     Rows,
     copied,
     sharded,
+    squares,
     write_config,
 )
-from unicorn_backend.layouts import GROUP, W8_ZERO, pack_w4g32, pack_w8, unpack_w4g32, unpack_w8
+from unicorn_backend.layouts import GROUP, ROWS, W8_ZERO, pack_w4g32, pack_w8, unpack_w4g32, unpack_w8
 from unicorn_backend.quantize.recipe import FLOAT
 from unicorn_backend.quantize.schemes import quantize_weight
 
@@ -227,7 +228,7 @@ class CompressedTensorsOut:
         elif isinstance(rows, list):
             return q, scale, LOSSLESS
         error = x - q.float() * wide
-        return q, scale, (float(x.square().sum(1).double().sum()), float(error.square().sum(1).double().sum()))
+        return q, scale, (squares(x), squares(error))
 
     def layout(self, declared: Declared, shard_bytes: int) -> Layout:
         return sharded(declared, shard_bytes)
@@ -270,7 +271,7 @@ class CompressedTensorsOut:
 
 def _count(rows: Rows) -> int:
     """Rows in a block, with the padding of the last tile if it is packed."""
-    return rows[0].shape[0] * 16 if isinstance(rows, list) else rows.shape[0]
+    return rows[0].shape[0] * ROWS if isinstance(rows, list) else rows.shape[0]
 
 
 def _is_linear(module: Any) -> bool:

@@ -19,10 +19,19 @@ from transformers.modeling_gguf_pytorch_utils import Gemma2TensorProcessor, get_
 
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.formats import gguf_tokenizer
-from unicorn_backend.formats.target import LOSSLESS, Declared, Encoded, Layout, Noise, Place, Rows
+from unicorn_backend.formats.target import (
+    LOSSLESS,
+    Declared,
+    Encoded,
+    Layout,
+    Noise,
+    Place,
+    Rows,
+    packed_with_noise,
+    squares,
+)
 from unicorn_backend.layouts import GROUP, ROWS, W4_ZERO, unpack_w4g32
 from unicorn_backend.quantize.recipe import FLOAT
-from unicorn_backend.quantize.schemes import quantization_noise, quantize_weight
 
 if TYPE_CHECKING:
     from unicorn_backend.quantize.skeleton import Skeleton
@@ -105,8 +114,7 @@ class GgufOut:
 
 def _q4_0(rows: Rows) -> tuple[Tensor, Noise]:
     """Q4_0 blocks uint8 [n, k / 32 * 18] with the values that w4g32 gives."""
-    packed = rows if isinstance(rows, list) else quantize_weight(rows, "w4g32")
-    noise = LOSSLESS if isinstance(rows, list) else quantization_noise(rows, packed)
+    packed, noise = packed_with_noise(rows, "w4g32")
     return to_q4_0(packed), noise
 
 
@@ -136,11 +144,7 @@ def _q8_0(rows: Rows) -> tuple[Tensor, Noise]:
     blocks = torch.cat(
         (stored.flatten().view(torch.uint8).view(*x.shape[:2], 2), q.to(torch.int8).view(torch.uint8)), dim=-1
     )
-    return blocks.view(rows.shape[0], -1), (_squares(x), _squares(error))
-
-
-def _squares(x: Tensor) -> float:
-    return float(x.square().sum(-1).double().sum())
+    return blocks.view(rows.shape[0], -1), (squares(x), squares(error))
 
 
 def _write_metadata(writer: GGUFWriter, source: Source, types: Mapping[str, Type]) -> None:

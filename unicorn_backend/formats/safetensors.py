@@ -11,6 +11,7 @@ believed: every length and offset is checked before it is used, and an error nam
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -248,6 +249,16 @@ def _weight_map(index: Path) -> dict[str, str]:
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(f"{index}: tensor {name!r} is said to be in {shard!r}, which is no file name")
     return places
+
+
+def sha256_of_range(path: Path, offset: int, size: int, block: int = 1 << 24) -> str:
+    """SHA-256 of `size` bytes of a file from `offset` on, of fewer if it ends before."""
+    digest = hashlib.sha256()
+    with open(path, "rb", buffering=0) as file:
+        while size > 0 and (data := os.pread(file.fileno(), min(size, block), offset)):
+            digest.update(data)
+            offset, size = offset + len(data), size - len(data)
+    return digest.hexdigest()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from unicorn_backend.formats.safetensors import make_header
 from unicorn_backend.layouts import ROWS
+from unicorn_backend.quantize import report
 from unicorn_backend.quantize.recipe import FLOAT
 from unicorn_backend.quantize.schemes import empty_packed, quantization_noise, quantize_weight
 
@@ -86,8 +87,7 @@ class Unicorn:
     ) -> tuple[list[Encoded], Noise]:
         if scheme == FLOAT:
             return copied(name, first, rows)
-        packed = rows if isinstance(rows, list) else quantize_weight(rows, scheme)
-        noise = LOSSLESS if isinstance(rows, list) else quantization_noise(rows, packed)
+        packed, noise = packed_with_noise(rows, scheme)
         tile = first // ROWS
         parts = zip(_buffers(name), packed, strict=False)
         return [(key, tile * t[0].nbytes, t) for key, t in parts], noise
@@ -106,6 +106,19 @@ def copied(name: str, first: int, rows: Rows) -> tuple[list[Encoded], Noise]:
     """Elements of a float tensor as they are."""
     assert isinstance(rows, Tensor)
     return [(name, first * rows.element_size(), rows)], LOSSLESS
+
+
+def packed_with_noise(rows: Rows, scheme: str) -> tuple[list[Tensor], Noise]:
+    """Rows in the packed form of `scheme`; rows that are packed already lose nothing."""
+    if isinstance(rows, list):
+        return rows, LOSSLESS
+    packed = quantize_weight(rows, scheme)
+    return packed, quantization_noise(rows, packed)
+
+
+def squares(x: Tensor) -> float:
+    """Sum of squares, fp32 within the last dimension and fp64 above."""
+    return float(x.square().sum(-1).double().sum())
 
 
 def _buffers(name: str) -> list[str]:
@@ -139,5 +152,4 @@ def write_config(folder: Path, source: Source, model: Skeleton, quantization: di
     config["dtype"] = str(source.dtype).removeprefix("torch.")
     config["architectures"] = [type(model.model).__name__]
     config["quantization_config"] = quantization
-    text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-    (folder / "config.json").write_text(text, encoding="utf-8")
+    report.write_json(folder / "config.json", config)

@@ -9,6 +9,7 @@ KV cache and makes matching harder.)
 from __future__ import annotations
 
 import contextlib
+import operator
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -30,7 +31,7 @@ def normalise(gm: GraphModule) -> GraphModule | str:
         normal = make_fx(gm, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*inputs)
     # Inside a functorch transform (vmap, as transformers uses for image-token masks) values escape the tracer
     # and end up as constants without data.
-    if any(isinstance(_constant(normal, node), FakeTensor) for node in normal.graph.nodes if node.op == "get_attr"):
+    if any(isinstance(constant(normal, node), FakeTensor) for node in normal.graph.nodes if node.op == "get_attr"):
         return "a functorch transform (vmap) in the graph cannot be traced to ATen operators"
     return normal
 
@@ -58,11 +59,9 @@ if _plain_metadata is not None:
     setattr(proxy_tensor, "_extract_tensor_metadata", _metadata)  # noqa: B010  (not exported by that module)
 
 
-def _constant(gm: GraphModule, node: torch.fx.Node) -> Any:
-    owner: Any = gm
-    for name in str(node.target).split("."):
-        owner = getattr(owner, name)
-    return owner
+def constant(gm: GraphModule, node: torch.fx.Node) -> Any:
+    """What a get_attr node names."""
+    return operator.attrgetter(str(node.target))(gm)
 
 
 def _example(node: torch.fx.Node) -> Any:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
+from unicorn_backend.graph.capture import constant
+
 _MEMORY_FORMATS = {  # the only kind of constant that torch does not convert for a native class
     torch.contiguous_format: 0,
     torch.preserve_format: 1,
@@ -68,7 +70,7 @@ class _Lowering:
         if node.op == "output":
             self.program.outputs([self._number(arg) for arg in node.args[0]])
         elif node.op == "get_attr":
-            self._value[node] = self.program.constant(operator.attrgetter(str(node.target))(self._gm))
+            self._value[node] = self.program.constant(constant(self._gm, node))
         elif node.op == "call_function" and node.target is operator.getitem and node.args[0] in self._results:
             self._value[node] = self._results[node.args[0]] + int(node.args[1])
         elif node.op == "call_function":

@@ -63,14 +63,14 @@ class Session:
 
     def enter(self) -> Callable[[], None]:
         """Enter hook of every compiled call; returns what undoes it."""
-        before, outside = _current_roots(), not is_ours()
+        before = _current_roots(), is_ours()
         _current.roots, _current.ours = tuple(self._roots), True
         for root in _current.roots:
             if root not in self._prepared and prepare(root, self.options):
                 self._prepared.add(root)
 
         def leave() -> None:
-            _current.roots, _current.ours = before, not outside
+            _current.roots, _current.ours = before
 
         return leave
 

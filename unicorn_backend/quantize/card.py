@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +17,12 @@ GEMMA_TERMS = "Gemma is provided under and subject to the Gemma Terms of Use fou
 
 def write_card(folder: Path, source: Source, result: dict[str, Any]) -> None:
     """The report, README.md, and the notice that goes with Gemma."""
-    write_json(folder / report.NAME, result)
+    report.write_json(folder / report.NAME, result)
     notice = folder / "NOTICE"
     licence = source_card(source).get("license")
     model_card(source, result).save(folder / "README.md")
     if licence == "gemma" and not notice.exists():
         notice.write_text(GEMMA_TERMS + "\n", encoding="utf-8")
-
-
-def write_json(path: Path, data: Any) -> None:
-    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def model_card(source: Source, result: dict[str, Any]) -> ModelCard:

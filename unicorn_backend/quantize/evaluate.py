@@ -63,5 +63,5 @@ def add_to_report(folder: str | Path, quality: Quality) -> None:
     data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     data["quality"] = dataclasses.asdict(quality)
     new = path.with_suffix(".new")
-    new.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    report.write_json(new, data)
     os.replace(new, path)

@@ -21,7 +21,7 @@ from typing import IO, Any
 from torch import Tensor
 
 from unicorn_backend.errors import CheckpointError, UnicornError
-from unicorn_backend.formats.safetensors import as_bytes
+from unicorn_backend.formats.safetensors import as_bytes, sha256_of_range
 from unicorn_backend.formats.target import Layout, Place
 
 JOURNAL = "journal.jsonl"
@@ -160,7 +160,7 @@ class Output:
         """True if the tensors of a finished weight are in the files as they were written."""
         for name, entry in record.get("tensors", {}).items():
             place = self.place(name)
-            if _sha256(self._files[place.file], place.offset, place.nbytes) != entry["sha256"]:
+            if sha256_of_range(self.partial / place.file, place.offset, place.nbytes) != entry["sha256"]:
                 return False
         return True
 
@@ -209,14 +209,6 @@ def _whole_lines(journal: IO[str]) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except ValueError:
             return
-
-
-def _sha256(file: int, offset: int, size: int, block: int = 1 << 24) -> str:
-    digest = hashlib.sha256()
-    while size > 0 and (data := os.pread(file, min(size, block), offset)):
-        digest.update(data)
-        offset, size = offset + len(data), size - len(data)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

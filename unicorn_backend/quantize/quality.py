@@ -104,7 +104,7 @@ def _block(p: Tensor, q: Tensor, targets: Tensor) -> Tensor:
 
 def _quantile_error(values: Tensor, quantile: float) -> float:
     """Standard error of a quantile: its spread over samples of whole blocks, drawn with a fixed seed."""
-    blocks = values[: len(values) // BLOCK * BLOCK].view(-1, BLOCK) if len(values) >= 8 * BLOCK else values[:, None]
+    blocks = _blocks(values)
     if len(blocks) < 2:
         return float("nan")
     generator = torch.Generator().manual_seed(0)
@@ -113,6 +113,11 @@ def _quantile_error(values: Tensor, quantile: float) -> float:
 
 
 def _standard_error(values: Tensor) -> float:
-    """Of the mean, from the spread of block means (of single values if there are too few blocks)."""
-    blocks = values[: len(values) // BLOCK * BLOCK].view(-1, BLOCK).mean(1) if len(values) >= 8 * BLOCK else values
-    return float(blocks.std() / len(blocks) ** 0.5) if len(blocks) > 1 else float("nan")
+    """Of the mean, from the spread of block means."""
+    means = _blocks(values).mean(1)
+    return float(means.std() / len(means) ** 0.5) if len(means) > 1 else float("nan")
+
+
+def _blocks(values: Tensor) -> Tensor:
+    """[blocks, BLOCK] of neighbouring tokens; [tokens, 1] where that would be fewer than 8 blocks."""
+    return values[: len(values) // BLOCK * BLOCK].view(-1, BLOCK) if len(values) >= 8 * BLOCK else values[:, None]

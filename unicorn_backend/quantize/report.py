@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unicorn_backend.quantize.recipe import FLOAT
@@ -71,6 +73,10 @@ def build(
         "versions": versions(),
         "weights": weights,
     }
+
+
+def write_json(path: Path, data: Any) -> None:
+    path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _notes(source: Source, weights: list[dict[str, Any]]) -> list[str]:

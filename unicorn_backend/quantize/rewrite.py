@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unicorn_backend.errors import OptionError, QuantizationError
-from unicorn_backend.layouts import dequantize
 from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import (
     QuantEmbedding,
@@ -30,7 +29,7 @@ from unicorn_backend.quantize.modules import (
     unpack_module,
 )
 from unicorn_backend.quantize.recipe import FLOAT, SCHEMES, Recipe, recipes
-from unicorn_backend.quantize.schemes import ensure_kernels, quantize_weight
+from unicorn_backend.quantize.schemes import ensure_kernels, quantization_noise_reference, quantize_weight
 from unicorn_backend.quantize.structure import is_language_model
 
 __all__ = ["is_language_model", "quantization_report", "quantize", "recipes", "restore"]
@@ -215,9 +214,8 @@ def _report_one(name: str, module: Any, tensors: list[Tensor], first: bool, reas
 
 def sqnr_db(weight: Tensor, packed: list[Tensor]) -> float:
     """Signal to quantization noise of a packed weight against its float original, in dB (inf if exact)."""
-    w = weight.double()
-    noise = (w - dequantize(packed, w.shape[0], w.shape[1]).double()).pow(2).sum()
-    return float(10 * torch.log10(w.pow(2).sum() / noise))
+    signal, noise = quantization_noise_reference(weight, packed)
+    return float(10 * torch.log10(torch.tensor(signal, dtype=torch.float64) / noise))
 
 
 def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:

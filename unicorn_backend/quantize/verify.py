@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,10 +12,8 @@ from tqdm.auto import tqdm
 
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.formats.gguf import read_header
-from unicorn_backend.formats.safetensors import StoredTensor, as_bytes, folder_tensors, read_exactly
+from unicorn_backend.formats.safetensors import StoredTensor, folder_tensors, sha256_of_range
 from unicorn_backend.quantize import report
-
-BLOCK_BYTES = 1 << 24
 
 
 def verify(folder: str | Path, *, progress: bool = False) -> list[str]:
@@ -84,9 +81,4 @@ def _compare(tensor: StoredTensor, entry: dict[str, Any]) -> Iterator[str]:
 
 def checksum(tensor: StoredTensor) -> str:
     """SHA-256 of the bytes of a stored tensor."""
-    digest = hashlib.sha256()
-    for first in range(0, tensor.nbytes, BLOCK_BYTES):
-        block = torch.empty(min(BLOCK_BYTES, tensor.nbytes - first), dtype=torch.uint8)
-        read_exactly(tensor.file, tensor.offset + first, block, tensor.name)
-        digest.update(as_bytes(block))
-    return digest.hexdigest()
+    return sha256_of_range(tensor.file, tensor.offset, tensor.nbytes)
