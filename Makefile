@@ -27,12 +27,12 @@ lint: $(VENV)/.dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m mypy
-	$(VENV)/bin/clang-format --dry-run -Werror $$(find ops -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	$(VENV)/bin/clang-format --dry-run -Werror $$(find ops kernels -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cc' -o -name '*.hpp')
 
 format: $(VENV)/.dev
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
-	$(VENV)/bin/clang-format -i $$(find ops -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+	$(VENV)/bin/clang-format -i $$(find ops kernels -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cc' -o -name '*.hpp')
 
 bench: $(VENV)/.package  ## rewrite benchmarks/results/ on this machine (takes long), then the README tables
 	$(PY) benchmarks/decode.py

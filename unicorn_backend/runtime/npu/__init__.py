@@ -1,0 +1,6 @@
+"""The NPU of AMD laptops through XRT. So far: what its kernels compute (`arithmetic`), and how they are built (`designs`)."""
+
+
+def open_device(selector: str) -> str:
+    """Why there is no NPU: nothing in this version drives one."""
+    return "this version has kernels for it, but no runtime that drives them"
