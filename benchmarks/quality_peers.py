@@ -27,8 +27,8 @@ FIELDS = {
     "perplexity": r"Mean PPL\(Q\)\s+:\s+([\d.]+) ±\s+([\d.]+)",
 }
 # name -> recipe of ours (and its overrides), or type of llama-quantize
-OURS = {"unicorn q4": "q4", "unicorn default": "default", "unicorn int8": "int8"}
-PEERS = {"llama.cpp Q4_0": "Q4_0", "llama.cpp Q4_K_M": "Q4_K_M", "llama.cpp Q8_0": "Q8_0"}
+OURS = {"unicorn q4": "q4", "unicorn hybrid": "hybrid", "unicorn default": "default", "unicorn int8": "int8"}
+PEERS = {"llama.cpp Q4_0": "Q4_0", "llama.cpp IQ4_NL": "IQ4_NL", "llama.cpp Q4_K_M": "Q4_K_M", "llama.cpp Q8_0": "Q8_0"}
 
 
 def main() -> None:

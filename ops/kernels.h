@@ -16,13 +16,18 @@ struct Array {
   DType dtype = DType::f32;
 };
 
-enum class Scheme : int { w4g32 = 0, w8c = 1, w8a = 2 };
+enum class Scheme : int { w4g32 = 0, w8c = 1, w8a = 2, w4n32 = 3, w8g32 = 4 };
+
+// Bytes of a group's 16 rows, by scheme.
+constexpr int64_t kGroupBytes[] = {kW4GroupBytes, kW8GroupBytes, kW8GroupBytes, kW4GroupBytes, kW8GroupBytes};
+constexpr int64_t group_bytes(Scheme scheme) { return kGroupBytes[static_cast<int>(scheme)]; }
 
 struct Weight {
   Scheme scheme = Scheme::w4g32;
   const uint8_t* q = nullptr;
-  const void* scale = nullptr;    // fp16 [N16, K32, 16] for w4g32, else fp32 [N16, 16]
-  const uint8_t* zero = nullptr;  // w8a only, [N16, 16]
+  const void* scale = nullptr;       // fp32 [N16, 16] for w8c and w8a, else fp16 [N16, K32, 16]
+  const uint8_t* zero = nullptr;     // w8a only, [N16, 16]
+  const int8_t* codebook = nullptr;  // w4n32 only, [16]
   int64_t n = 0, k = 0;
 };
 

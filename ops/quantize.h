@@ -7,6 +7,10 @@
 
 namespace unicorn {
 
+// The values of w4n32: those of GGUF's IQ4_NL (schemes.py CODEBOOK).
+constexpr int kCodebookSize = 16;
+constexpr int8_t kCodebook[kCodebookSize] = {-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113};
+
 enum class FloatType { bf16, f16, f32 };
 
 // One weight [n, k], rows `row_bytes` apart, elements dense. Tiles i are 16 rows; k32 = ceil(k / 32).
@@ -14,9 +18,10 @@ struct QuantizeArgs {
   const void* w;
   FloatType type;
   int64_t n, k, row_bytes;
-  uint8_t* packed;  // w4g32 [N16, k32, 4, 16, 4], w8c and w8a [N16, k32, 8, 16, 4]
-  void* scale;      // w4g32 fp16 [N16, k32, 16], w8c and w8a fp32 [N16, 16]
-  uint8_t* zero;    // w8a [N16, 16]
+  uint8_t* packed;         // 4 bits [N16, k32, 4, 16, 4], 8 bits [N16, k32, 8, 16, 4]
+  void* scale;             // w8c and w8a fp32 [N16, 16], else fp16 [N16, k32, 16]
+  uint8_t* zero;           // w8a [N16, 16]
+  const int8_t* codebook;  // w4n32 [16]
 };
 
 // Sums of squares: of the weight, and of what packing changed.
@@ -32,8 +37,8 @@ using QuantizeTiles = bool (*)(const QuantizeArgs& args, int64_t begin, int64_t 
 
 struct Quantizer {
   const char* isa;
-  QuantizeTiles w4g32, w8c, w8a;
-  NoiseTiles w4g32_noise, w8_noise;
+  QuantizeTiles w4g32, w4n32, w8c, w8a, w8g32;
+  NoiseTiles w4g32_noise, w4n32_noise, w8_noise, w8g32_noise;
   // How many of `count` dense elements are NaN or Inf.
   int64_t (*count_nonfinite)(const void* w, FloatType type, int64_t count);
 };

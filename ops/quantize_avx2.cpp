@@ -17,6 +17,8 @@ typedef uint8_t VB __attribute__((vector_size(kLanes)));
 inline VF lesser(VF a, VF b) { return (VF)_mm256_min_ps((__m256)a, (__m256)b); }  // b if unordered
 inline VF greater(VF a, VF b) { return (VF)_mm256_max_ps((__m256)a, (__m256)b); }
 inline VI greater(VI a, VI b) { return (VI)_mm256_max_epi32((__m256i)a, (__m256i)b); }
+// table[index], index in 0..31
+inline VF look_up(const float* table, VI index) { return (VF)_mm256_i32gather_ps(table, (__m256i)index, 4); }
 
 }  // namespace
 
@@ -24,6 +26,7 @@ inline VI greater(VI a, VI b) { return (VI)_mm256_max_epi32((__m256i)a, (__m256i
 
 namespace unicorn {
 extern const Quantizer quantizer_avx2;
-const Quantizer quantizer_avx2 = {"avx2", w4g32, w8<false>, w8<true>, w4g32_noise, w8_noise, count_nonfinite};
+const Quantizer quantizer_avx2 = {"avx2",      w4g32,       w4n32,    w8<false>,   w8<true>,       w8g32,
+                                  w4g32_noise, w4n32_noise, w8_noise, w8g32_noise, count_nonfinite};
 }  // namespace unicorn
 #endif

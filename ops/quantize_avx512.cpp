@@ -19,6 +19,10 @@ typedef uint8_t VB __attribute__((vector_size(kLanes)));
 inline VF lesser(VF a, VF b) { return (VF)_mm512_min_ps((__m512)a, (__m512)b); }  // b if unordered
 inline VF greater(VF a, VF b) { return (VF)_mm512_max_ps((__m512)a, (__m512)b); }
 inline VI greater(VI a, VI b) { return (VI)_mm512_max_epi32((__m512i)a, (__m512i)b); }
+// table[index], index in 0..31
+inline VF look_up(const float* table, VI index) {
+  return (VF)_mm512_permutex2var_ps(_mm512_loadu_ps(table), (__m512i)index, _mm512_loadu_ps(table + 16));
+}
 
 }  // namespace
 
@@ -26,6 +30,7 @@ inline VI greater(VI a, VI b) { return (VI)_mm512_max_epi32((__m512i)a, (__m512i
 
 namespace unicorn {
 extern const Quantizer quantizer_avx512;
-const Quantizer quantizer_avx512 = {"avx512", w4g32, w8<false>, w8<true>, w4g32_noise, w8_noise, count_nonfinite};
+const Quantizer quantizer_avx512 = {"avx512",    w4g32,       w4n32,    w8<false>,   w8<true>,       w8g32,
+                                    w4g32_noise, w4n32_noise, w8_noise, w8g32_noise, count_nonfinite};
 }  // namespace unicorn
 #endif

@@ -3,6 +3,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <string>
 #include <tuple>
@@ -45,25 +46,19 @@ int64_t count_nonfinite(const Tensor& tensor) {
   return bad;
 }
 
-QuantizeArgs arguments(const Tensor& w, void* packed, void* scale, void* zero) {
-  return {w.const_data_ptr(),
-          float_type(w),
-          w.size(0),
-          w.size(1),
-          w.stride(0) * static_cast<int64_t>(w.element_size()),
-          static_cast<uint8_t*>(packed),
-          scale,
-          static_cast<uint8_t*>(zero)};
-}
-
-// Allocates nothing: `packed` [N16, K32, ...] and the others are the caller's.
-void run(const Tensor& w, unicorn::QuantizeTiles tiles, Tensor packed, Tensor scale, uint8_t* zero) {
-  const QuantizeArgs args = arguments(w, packed.mutable_data_ptr(), scale.mutable_data_ptr(), zero);
-  std::atomic<bool> good{true};
-  at::parallel_for(0, ceil_div(w.size(0), kRows), 1, [&](int64_t begin, int64_t end) {
-    if (!tiles(args, begin, end)) good = false;
-  });
-  TORCH_CHECK_VALUE(good, "quantize: ", count_nonfinite(w), " of ", w.numel(), " elements are NaN or Inf");
+QuantizeArgs arguments(const Tensor& w, const std::vector<Tensor>& packed) {
+  QuantizeArgs args{w.const_data_ptr(),
+                    float_type(w),
+                    w.size(0),
+                    w.size(1),
+                    w.stride(0) * static_cast<int64_t>(w.element_size()),
+                    packed[0].mutable_data_ptr<uint8_t>(),
+                    packed[1].mutable_data_ptr(),
+                    nullptr,
+                    nullptr};
+  if (packed.size() == 3 && packed[2].scalar_type() == at::kChar) args.codebook = packed[2].const_data_ptr<int8_t>();
+  if (packed.size() == 3 && packed[2].scalar_type() == at::kByte) args.zero = packed[2].mutable_data_ptr<uint8_t>();
+  return args;
 }
 
 Tensor rows_of(const Tensor& w) {
@@ -71,29 +66,73 @@ Tensor rows_of(const Tensor& w) {
   return w.stride(1) == 1 || w.size(1) == 1 ? w : w.contiguous();
 }
 
-std::tuple<Tensor, Tensor> quantize_w4g32(const Tensor& weight) {
-  const Tensor w = rows_of(weight);
-  const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup);
-  Tensor packed = at::empty({n16, k32, 4, kRows, 4}, at::kByte), scale = at::empty({n16, k32, kRows}, at::kHalf);
-  run(w, unicorn::quantizer().w4g32, packed, scale, nullptr);
-  return {packed, scale};
+// `packed`: uninitialised, of the shapes of the contract.
+void run(const Tensor& w, unicorn::QuantizeTiles tiles, const std::vector<Tensor>& packed) {
+  const QuantizeArgs args = arguments(w, packed);
+  std::atomic<bool> good{true};
+  at::parallel_for(0, ceil_div(w.size(0), kRows), 1, [&](int64_t begin, int64_t end) {
+    if (!tiles(args, begin, end)) good = false;
+  });
+  TORCH_CHECK_VALUE(good, "quantize: ", count_nonfinite(w), " of ", w.numel(), " elements are NaN or Inf");
 }
 
-std::tuple<Tensor, Tensor> quantize_w8c(const Tensor& weight) {
-  const Tensor w = rows_of(weight);
+// 4 or 8 bits, and an fp16 scale per group or an fp32 one per row.
+std::vector<Tensor> empty(const Tensor& w, int64_t bits, bool grouped) {
+  TORCH_CHECK(w.dim() == 2, "quantize: expected a matrix, got ", w.sizes());
   const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup);
-  Tensor packed = at::empty({n16, k32, 8, kRows, 4}, at::kByte), scale = at::empty({n16, kRows}, at::kFloat);
-  run(w, unicorn::quantizer().w8c, packed, scale, nullptr);
-  return {packed, scale};
+  return {at::empty({n16, k32, bits, kRows, 4}, at::kByte),
+          grouped ? at::empty({n16, k32, kRows}, at::kHalf) : at::empty({n16, kRows}, at::kFloat)};
 }
 
-std::tuple<Tensor, Tensor, Tensor> quantize_w8a(const Tensor& weight) {
-  const Tensor w = rows_of(weight);
-  const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup);
-  Tensor packed = at::empty({n16, k32, 8, kRows, 4}, at::kByte), scale = at::empty({n16, kRows}, at::kFloat);
-  Tensor zero = at::empty({n16, kRows}, at::kByte);
-  run(w, unicorn::quantizer().w8a, packed, scale, zero.mutable_data_ptr<uint8_t>());
-  return {packed, scale, zero};
+std::tuple<Tensor, Tensor> quantize_w4g32(const Tensor& w) {
+  const auto packed = empty(w, 4, true);
+  run(rows_of(w), unicorn::quantizer().w4g32, packed);
+  return {packed[0], packed[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_w4n32(const Tensor& w) {
+  const auto packed = empty(w, 4, true);
+  run(rows_of(w), unicorn::quantizer().w4n32, packed);
+  Tensor codebook = at::empty({unicorn::kCodebookSize}, at::kChar);
+  std::copy_n(unicorn::kCodebook, unicorn::kCodebookSize, codebook.mutable_data_ptr<int8_t>());
+  return {packed[0], packed[1], codebook};
+}
+
+std::tuple<Tensor, Tensor> quantize_w8c(const Tensor& w) {
+  const auto packed = empty(w, 8, false);
+  run(rows_of(w), unicorn::quantizer().w8c, packed);
+  return {packed[0], packed[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> quantize_w8a(const Tensor& w) {
+  auto packed = empty(w, 8, false);
+  packed.push_back(at::empty(packed[1].sizes(), at::kByte));
+  run(rows_of(w), unicorn::quantizer().w8a, packed);
+  return {packed[0], packed[1], packed[2]};
+}
+
+std::tuple<Tensor, Tensor> quantize_w8g32(const Tensor& w) {
+  const auto packed = empty(w, 8, true);
+  run(rows_of(w), unicorn::quantizer().w8g32, packed);
+  return {packed[0], packed[1]};
+}
+
+// The noise of a packed weight; which scheme it is follows from its tensors, as in unicorn_backend/layouts.py.
+unicorn::NoiseTiles noise_of(const std::vector<Tensor>& packed, int64_t n16, int64_t k32) {
+  const bool four = packed[0].numel() == n16 * k32 * 256, grouped = packed[1].scalar_type() == at::kHalf;
+  const bool codebook = packed.size() == 3 && packed[2].scalar_type() == at::kChar;
+  const bool zero = packed.size() == 3 && packed[2].scalar_type() == at::kByte;
+  const bool sizes =
+      (four || packed[0].numel() == n16 * k32 * 512) && packed[1].numel() == n16 * (grouped ? k32 : 1) * kRows &&
+      (!codebook || packed[2].numel() == unicorn::kCodebookSize) && (!zero || packed[2].numel() == n16 * kRows);
+  const bool known = packed[0].scalar_type() == at::kByte && (grouped || packed[1].scalar_type() == at::kFloat) &&
+                     (packed.size() == 2 || codebook || zero) && (four ? grouped && !zero : !codebook) &&
+                     !(grouped && zero);
+  TORCH_CHECK(sizes && known, "quantization_noise: the packed tensors do not belong to a weight of ", n16, " x ", k32,
+              " tiles");
+  const unicorn::Quantizer& q = unicorn::quantizer();
+  if (four) return codebook ? q.w4n32_noise : q.w4g32_noise;
+  return grouped ? q.w8g32_noise : q.w8_noise;
 }
 
 std::tuple<double, double> quantization_noise(const Tensor& weight, at::TensorList packed) {
@@ -101,21 +140,10 @@ std::tuple<double, double> quantization_noise(const Tensor& weight, at::TensorLi
   const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup);
   TORCH_CHECK(packed.size() == 2 || packed.size() == 3, "quantization_noise: expected a packed weight, got ",
               packed.size(), " tensors");
-  const bool four_bit = packed.size() == 2 && packed[0].numel() == n16 * k32 * 256;
-  const int64_t scales = four_bit ? n16 * k32 * kRows : n16 * kRows;
-  TORCH_CHECK(packed[0].scalar_type() == at::kByte && packed[0].numel() == n16 * k32 * (four_bit ? 256 : 512) &&
-                  packed[1].scalar_type() == (four_bit ? at::kHalf : at::kFloat) && packed[1].numel() == scales,
-              "quantization_noise: the packed tensors do not belong to a weight of shape ", w.sizes());
   std::vector<Tensor> held;
   for (const Tensor& tensor : packed) held.push_back(tensor.contiguous());
-  void* zero = nullptr;
-  if (held.size() == 3) {
-    TORCH_CHECK(held[2].scalar_type() == at::kByte && held[2].numel() == n16 * kRows,
-                "quantization_noise: expected uint8 zero points of ", n16 * kRows, " rows, got ", held[2].sizes());
-    zero = held[2].data_ptr();
-  }
-  const QuantizeArgs args = arguments(w, held[0].data_ptr(), held[1].data_ptr(), zero);
-  const auto tiles = four_bit ? unicorn::quantizer().w4g32_noise : unicorn::quantizer().w8_noise;
+  const auto tiles = noise_of(held, n16, k32);
+  const QuantizeArgs args = arguments(w, held);
   std::vector<unicorn::Noise> parts(static_cast<size_t>(n16));  // per tile: the sum does not depend on the threads
   at::parallel_for(0, n16, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) parts[static_cast<size_t>(i)] = tiles(args, i, i + 1);
@@ -135,6 +163,8 @@ std::string quantize_isa(const std::string& name) {
 
 TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
   m.impl("quantize_w4g32", &quantize_w4g32);
+  m.impl("quantize_w4n32", &quantize_w4n32);
+  m.impl("quantize_w8g32", &quantize_w8g32);
   m.impl("quantize_w8c", &quantize_w8c);
   m.impl("quantize_w8a", &quantize_w8a);
   m.impl("quantization_noise", &quantization_noise);

@@ -147,9 +147,72 @@ INLINE VF searched_scale(const VF x[kGroup]) {
   return scale;
 }
 
-// Rows first .. first + kLanes - 1 of one tile.
-template <FloatType T>
-INLINE bool w4g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
+// schemes.py CODEBOOK, cut into 32 cells of 8: none has more than one threshold (the middle between two values).
+// Cell j of x in [8 j - 128, 8 j - 120): values[below[j]], or the next one where x > threshold[j].
+using unicorn::kCodebook;
+constexpr int kCodes = unicorn::kCodebookSize, kCells = 32;
+constexpr float kFirstCode = 100.0f, kCodeStep = 8.0f;  // schemes.py CODEBOOK_FACTORS
+constexpr int kCodeFactors = 6;
+
+struct Cells {
+  alignas(64) float threshold[kCells] = {}, low[kCells] = {}, high[kCells] = {}, index[kCells] = {};
+
+  constexpr Cells() {
+    for (int j = 0, i = 0; j < kCells; ++j) {
+      const float middle = i + 1 < kCodes ? float(kCodebook[i] + kCodebook[i + 1]) / 2 : __builtin_inff();
+      const bool inside = middle < float(8 * (j + 1) - 128);
+      threshold[j] = inside ? middle : __builtin_inff();
+      low[j] = float(kCodebook[i]);
+      high[j] = float(kCodebook[inside ? i + 1 : i]);
+      index[j] = float(i);
+      i += inside;
+    }
+  }
+};
+constexpr Cells kCellTable;
+
+// The cell of x, any float: what rounds into the next cell meets no other threshold there.
+INLINE VI cell_of(VF x) { return __builtin_convertvector((clamp(x, -128.0f, 127.0f) + 128.0f) * 0.125f, VI); }
+
+// The nearest value of the codebook.
+INLINE VF nearest_code(VF x) {
+  const VI cell = cell_of(x), above = x > look_up(kCellTable.threshold, cell);
+  return (VF)((above & (VI)look_up(kCellTable.high, cell)) | (~above & (VI)look_up(kCellTable.low, cell)));
+}
+
+// The index of that value.
+INLINE VI nearest_index(VF x) {
+  const VI cell = cell_of(x), above = x > look_up(kCellTable.threshold, cell);
+  return __builtin_convertvector(look_up(kCellTable.index, cell), VI) - above;  // true is -1
+}
+
+INLINE VF searched_code_scale(const VF x[kGroup]) {
+  VF best = splat(-1.0f), scale = splat(0.0f);
+  for (int f = 0; f < kCodeFactors; ++f) {
+    for (int sign = 1; sign >= -1; sign -= 2) {
+      const float factor = float(sign) * (kFirstCode + kCodeStep * float(f));
+      VF a = splat(0), b = splat(0);
+      for (int k = 0; k < kGroup; ++k) {
+        const VF v = nearest_code(x[k] * factor);
+        a = a + x[k] * v;
+        b = b + v * v;
+      }
+      keep_better(a, b, 1.0f, best, scale);
+    }
+  }
+  return scale;
+}
+
+// What a 4-bit scheme stores for x, in 0..15.
+template <bool kCode>
+INLINE VI four_bits(VF x) {
+  if constexpr (kCode) return nearest_index(x);
+  return to_int(clamp(x, -8.0f, 7.0f)) + 8;
+}
+
+// Rows first .. first + kLanes - 1 of one tile. kCode: w4n32, else w4g32.
+template <FloatType T, bool kCode>
+INLINE bool w4_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
   VF x[kGroup];
   load_transposed<T>(rows, first, x);
   VI top = magnitude(x[0]);
@@ -157,7 +220,8 @@ INLINE bool w4g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t
   const VF amax = greater((VF)top, splat(kMinAmax)), inverse = splat(1.0f) / amax;
   for (int k = 0; k < kGroup; ++k) x[k] = x[k] * inverse;
 
-  const VU half = float_to_half(clamp(searched_scale(x) * amax, -kMaxScale, kMaxScale));
+  const VF found = kCode ? searched_code_scale(x) : searched_scale(x);
+  const VU half = float_to_half(clamp(found * amax, -kMaxScale, kMaxScale));
   const VF s = half_to_float(half);
   const VI zero = s == splat(0.0f);
   const VF step = (VF)(~zero & (VI)(amax / s));
@@ -165,8 +229,7 @@ INLINE bool w4g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t
   for (int c = 0; c < 4; ++c) {
     VI word = VI{};
     for (int j = 0; j < 4; ++j) {
-      const VI low = to_int(clamp(x[8 * c + j] * step, -8.0f, 7.0f)) + 8;
-      const VI high = to_int(clamp(x[8 * c + 4 + j] * step, -8.0f, 7.0f)) + 8;
+      const VI low = four_bits<kCode>(x[8 * c + j] * step), high = four_bits<kCode>(x[8 * c + 4 + j] * step);
       word |= (low | (high << 4)) << (8 * j);
     }
     store(tile + 64 * c + 4 * first, word);
@@ -176,8 +239,33 @@ INLINE bool w4g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t
   return good;
 }
 
+// w8g32: the scale is amax / 127 in fp16, the integers are rounded for that.
 template <FloatType T>
-bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+INLINE bool w8g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
+  VF x[kGroup];
+  load_transposed<T>(rows, first, x);
+  VI top = magnitude(x[0]);
+  for (int k = 1; k < kGroup; ++k) top = greater(top, magnitude(x[k]));
+  const VU half = float_to_half(lesser((VF)top / 127.0f, splat(kMaxScale)));
+  const VF s = half_to_float(half);
+  const VI zero = s == splat(0.0f);
+  const VF inverse = (VF)(~zero & (VI)(splat(1.0f) / s));
+  store(scales + first, __builtin_convertvector(half, VH));
+  for (int c = 0; c < 8; ++c) {
+    VI word = VI{};
+    for (int j = 0; j < 4; ++j) {
+      word |= (to_int(clamp(x[4 * c + j] * inverse, -127.0f, 127.0f)) + 128) << (8 * j);
+    }
+    store(tile + 64 * c + 4 * first, word);
+  }
+  bool good = true;
+  for (int r = 0; r < kLanes; ++r) good &= top[r] < kInfBits;
+  return good;
+}
+
+// Every group of tiles begin..end-1 by one of the functions above.
+template <FloatType T, int64_t kTileBytes, class Pack>
+INLINE bool grouped_tiles(const QuantizeArgs& a, int64_t begin, int64_t end, Pack pack) {
   const int64_t k32 = (a.k + kGroup - 1) / kGroup;
   bool good = true;
   GroupRows rows;
@@ -186,10 +274,22 @@ bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
       const int64_t t = i * k32 + g;
       find_group<T>(a, i, g, rows);
       uint16_t* scales = static_cast<uint16_t*>(a.scale) + t * kRows;
-      for (int first = 0; first < kRows; first += kLanes)
-        good &= w4g32_rows<T>(rows, first, a.packed + t * 256, scales);
+      for (int first = 0; first < kRows; first += kLanes) good &= pack(rows, first, a.packed + t * kTileBytes, scales);
     }
   return good;
+}
+
+template <FloatType T>
+bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  return grouped_tiles<T, 256>(a, begin, end, w4_rows<T, false>);
+}
+template <FloatType T>
+bool w4n32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  return grouped_tiles<T, 256>(a, begin, end, w4_rows<T, true>);
+}
+template <FloatType T>
+bool w8g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  return grouped_tiles<T, 512>(a, begin, end, w8g32_rows<T>);
 }
 
 struct RowRange {
@@ -289,6 +389,8 @@ bool w8_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
   return good;
 }
 
+enum class Kind { w4g32, w4n32, w8g32 };
+
 // fp32 inside one group, fp64 above: 32 squares lose nothing that a decibel shows.
 struct GroupNoise {
   VF signal = VF{}, noise = VF{};
@@ -303,35 +405,40 @@ struct GroupNoise {
   }
 };
 
-template <FloatType T>
-INLINE void w4g32_noise_rows(const GroupRows& rows, int first, const uint8_t* tile, const uint16_t* scales,
-                             unicorn::Noise& total) {
+// Sums over one group of kLanes rows; `value(k)` is the packed value of column k, before the scale.
+template <FloatType T, class Value>
+INLINE void add_noise(const GroupRows& rows, int first, const uint16_t* scales, unicorn::Noise& total, Value value) {
   VF x[kGroup];
   load_transposed<T>(rows, first, x);
   const VF s = half_to_float(__builtin_convertvector(load<VH>(scales + first), VU));
   GroupNoise sums;
-  for (int c = 0; c < 4; ++c) {
-    const VI word = load<VI>(tile + 64 * c + 4 * first);
-    for (int j = 0; j < 4; ++j) {
-      sums.add(x[8 * c + j], s * __builtin_convertvector(((word >> (8 * j)) & 15) - 8, VF));
-      sums.add(x[8 * c + 4 + j], s * __builtin_convertvector(((word >> (8 * j + 4)) & 15) - 8, VF));
-    }
-  }
+  for (int k = 0; k < kGroup; ++k) sums.add(x[k], s * value(k));
   sums.flush(total);
 }
 
-template <FloatType T>
-unicorn::Noise w4g32_noise_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
+template <Kind K, FloatType T>
+unicorn::Noise grouped_noise_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
   const int64_t k32 = (a.k + kGroup - 1) / kGroup;
+  constexpr int64_t kTileBytes = K == Kind::w8g32 ? 512 : 256;
+  alignas(64) float table[kCells] = {};
+  for (int i = 0; K == Kind::w4n32 && i < kCodes; ++i) table[i] = float(a.codebook[i]);
   unicorn::Noise total;
   GroupRows rows;
   for (int64_t i = begin; i < end; ++i)
     for (int64_t g = 0; g < k32; ++g) {
       const int64_t t = i * k32 + g;
       find_group<T>(a, i, g, rows);
-      const uint16_t* scales = static_cast<const uint16_t*>(a.scale) + t * kRows;
-      for (int first = 0; first < kRows; first += kLanes)
-        w4g32_noise_rows<T>(rows, first, a.packed + t * 256, scales, total);
+      for (int first = 0; first < kRows; first += kLanes) {
+        const uint8_t* tile = a.packed + t * kTileBytes + 4 * first;
+        add_noise<T>(rows, first, static_cast<const uint16_t*>(a.scale) + t * kRows, total, [&](int k) {
+          if constexpr (K == Kind::w8g32) {
+            return __builtin_convertvector(((load<VI>(tile + 64 * (k / 4)) >> (8 * (k % 4))) & 255) - 128, VF);
+          } else {
+            const VI nibble = (load<VI>(tile + 64 * (k / 8)) >> (8 * (k % 4) + (k % 8 < 4 ? 0 : 4))) & 15;
+            return K == Kind::w4n32 ? look_up(table, nibble) : __builtin_convertvector(nibble - 8, VF);
+          }
+        });
+      }
     }
   return total;
 }
@@ -382,16 +489,29 @@ bool w4g32(const QuantizeArgs& a, int64_t begin, int64_t end) {
   return a.type == kF16 ? w4g32_tiles<kF16>(a, begin, end) : w4g32_tiles<kF32>(a, begin, end);
 }
 
+bool w4n32(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return w4n32_tiles<kBf16>(a, begin, end);
+  return a.type == kF16 ? w4n32_tiles<kF16>(a, begin, end) : w4n32_tiles<kF32>(a, begin, end);
+}
+
+bool w8g32(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return w8g32_tiles<kBf16>(a, begin, end);
+  return a.type == kF16 ? w8g32_tiles<kF16>(a, begin, end) : w8g32_tiles<kF32>(a, begin, end);
+}
+
 template <bool kAsymmetric>
 bool w8(const QuantizeArgs& a, int64_t begin, int64_t end) {
   if (a.type == kBf16) return w8_tiles<kBf16, kAsymmetric>(a, begin, end);
   return a.type == kF16 ? w8_tiles<kF16, kAsymmetric>(a, begin, end) : w8_tiles<kF32, kAsymmetric>(a, begin, end);
 }
 
-unicorn::Noise w4g32_noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  if (a.type == kBf16) return w4g32_noise_tiles<kBf16>(a, begin, end);
-  return a.type == kF16 ? w4g32_noise_tiles<kF16>(a, begin, end) : w4g32_noise_tiles<kF32>(a, begin, end);
+template <Kind K>
+unicorn::Noise grouped_noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return grouped_noise_tiles<K, kBf16>(a, begin, end);
+  return a.type == kF16 ? grouped_noise_tiles<K, kF16>(a, begin, end) : grouped_noise_tiles<K, kF32>(a, begin, end);
 }
+constexpr auto w4g32_noise = grouped_noise<Kind::w4g32>, w4n32_noise = grouped_noise<Kind::w4n32>,
+               w8g32_noise = grouped_noise<Kind::w8g32>;
 
 unicorn::Noise w8_noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
   if (a.type == kBf16) return w8_noise_tiles<kBf16>(a, begin, end);

@@ -17,6 +17,12 @@ inline VI greater(VI a, VI b) {
   const VI mask = a > b;
   return (mask & a) | (~mask & b);
 }
+// table[index], index in 0..31
+inline VF look_up(const float* table, VI index) {
+  VF r;
+  for (int i = 0; i < kLanes; ++i) r[i] = table[index[i]];
+  return r;
+}
 
 }  // namespace
 
@@ -24,5 +30,6 @@ inline VI greater(VI a, VI b) {
 
 namespace unicorn {
 extern const Quantizer quantizer_portable;
-const Quantizer quantizer_portable = {"portable", w4g32, w8<false>, w8<true>, w4g32_noise, w8_noise, count_nonfinite};
+const Quantizer quantizer_portable = {"portable",  w4g32,       w4n32,    w8<false>,   w8<true>,       w8g32,
+                                      w4g32_noise, w4n32_noise, w8_noise, w8g32_noise, count_nonfinite};
 }  // namespace unicorn

@@ -17,7 +17,7 @@ constexpr int64_t kPieceBytes = 64 << 10;
 // The tiles of a weight, `width` of them to an item.
 Queue tile_queue(const Weight& w, int threads, int64_t width = 1) {
   const int64_t groups = (w.k + kGroup - 1) / kGroup;
-  const int64_t bytes = width * groups * (w.scheme == Scheme::w4g32 ? kW4GroupBytes : kW8GroupBytes);
+  const int64_t bytes = width * groups * group_bytes(w.scheme);
   return Queue((tiles(w.n) + width - 1) / width, kPieceBytes / bytes, threads);
 }
 

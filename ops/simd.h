@@ -9,6 +9,7 @@
 //   pack(vf, vf, q)    32 integers in [-127, 127] -> int8; returns their sum
 //   Group4, Group8     a group of 16 rows x 32 k in registers; dots4 / dots8: with 32 signed activations of
 //                      each of T tokens, T up to kInterleaved
+//   look_up            nibbles through a Codebook -> Group8
 //   dot8_offset        the per-row part of a zero point, from what load_zero gave
 #pragma GCC diagnostic ignored "-Wunused-function"
 #define INLINE inline __attribute__((always_inline))

@@ -56,27 +56,39 @@ class Arguments {
     if (list.empty()) return std::vector<OptionalTensor>(3);
     return {list[0], list[1], list[2]};
   }
-  // A packed weight; scheme and padding from the shapes (see unicorn_backend/ops.py).
+  // A packed weight; scheme and padding from dtypes and shapes (see unicorn_backend/ops.py).
   Weight weight(at::TensorList list, int64_t n, int64_t k, const char* name) {
     TORCH_CHECK(list.size() == 2 || list.size() == 3, label(name), ": got ", list.size(),
-                " tensors, allowed are 1 (float), 2 (w4g32, w8c) and 3 (w8a)");
+                " tensors, allowed are 1 (float), 2 (w4g32, w8c, w8g32) and 3 (w4n32, w8a)");
     const int64_t n16 = (n + kRows - 1) / kRows, k32 = (k + kGroup - 1) / kGroup;
-    const bool four = list.size() == 2 && list[0].dim() == 5 && list[0].size(2) == 4;
+    const bool four = list[0].dim() == 5 && list[0].size(2) == 4, grouped = list[1].scalar_type() == at::kHalf;
     packed(list[0], name, "bytes", at::kByte, {n16, k32, four ? 4 : 8, kRows, 4});
-    if (four) {
+    if (four || grouped) {
       packed(list[1], name, "scales", at::kHalf, {n16, k32, kRows});
     } else {
       packed(list[1], name, "scales", at::kFloat, {n16, kRows});
     }
-    if (list.size() == 3) packed(list[2], name, "zero points", at::kByte, {n16, kRows});
-    return {four               ? Scheme::w4g32
-            : list.size() == 3 ? Scheme::w8a
-                               : Scheme::w8c,
-            list[0].const_data_ptr<uint8_t>(),
-            list[1].const_data_ptr(),
-            list.size() == 3 ? list[2].const_data_ptr<uint8_t>() : nullptr,
-            n,
-            k};
+    Weight w{four      ? Scheme::w4g32
+             : grouped ? Scheme::w8g32
+                       : Scheme::w8c,
+             list[0].const_data_ptr<uint8_t>(),
+             list[1].const_data_ptr(),
+             nullptr,
+             nullptr,
+             n,
+             k};
+    if (list.size() == 2) return w;
+    if (four) {
+      packed(list[2], name, "codebook", at::kChar, {16});
+      w.scheme = Scheme::w4n32;
+      w.codebook = list[2].const_data_ptr<int8_t>();
+    } else {
+      packed(list[2], name, "zero points", at::kByte, {n16, kRows});
+      TORCH_CHECK(!grouped, label(name), ": got zero points beside scales per group; w8a has a scale per row");
+      w.scheme = Scheme::w8a;
+      w.zero = list[2].const_data_ptr<uint8_t>();
+    }
+    return w;
   }
   std::string label(const char* name) const { return std::string("unicorn::") + op_ + ": " + name; }
 

@@ -6,6 +6,11 @@ Padding rows and columns hold zero-valued weights.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -15,13 +20,81 @@ W4_ZERO = 8  # nibble that stands for the value 0
 W8_ZERO = 128  # byte that stands for the value 0 in w8c
 
 
-def scheme_of(weights: list[Tensor]) -> str:
-    """ "float", "w4g32", "w8c" or "w8a", from the list's length and shapes."""
+# The integers that the 16 nibbles of w4n32 stand for: those of GGUF's IQ4_NL. On N(0, 1) the best table of 16
+# differs by 2 at most and lowers the error from 7.32 % to 7.27 %.
+CODEBOOK = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+
+Dims = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One tensor of a packed weight; `dims` may name N16 and K32 (`ops.py`)."""
+
+    buffer: str
+    dtype: torch.dtype
+    dims: Dims
+
+    @property
+    def tiled(self) -> bool:
+        """False for what the whole weight shares."""
+        return self.dims[0] == "N16"
+
+
+def _four(bits: int = 4) -> Part:
+    return Part("weight_packed", torch.uint8, ("N16", "K32", bits, ROWS, 4))
+
+
+_ROW_SCALE = Part("weight_scale", torch.float32, ("N16", ROWS))
+_GROUP_SCALE = Part("weight_scale", torch.float16, ("N16", "K32", ROWS))
+
+# The packed tensors of each scheme, in the order of the contract. No two schemes have the same dtypes and bits.
+PARTS: dict[str, tuple[Part, ...]] = {
+    "w4g32": (_four(), _GROUP_SCALE),
+    "w4n32": (_four(), _GROUP_SCALE, Part("weight_codebook", torch.int8, (16,))),
+    "w8c": (_four(8), _ROW_SCALE),
+    "w8a": (_four(8), _ROW_SCALE, Part("weight_zero_point", torch.uint8, ("N16", ROWS))),
+    "w8g32": (_four(8), _GROUP_SCALE),
+}
+SCHEMES = tuple(PARTS)
+BUFFERS = tuple(dict.fromkeys(part.buffer for parts in PARTS.values() for part in parts))
+
+
+def signature(parts: Iterable[tuple[torch.dtype, Sequence[Any]]]) -> tuple[Any, ...]:
+    """What tells one scheme's tensors (dtype, shape) from another's: dtypes, and bytes of a row's four columns."""
+    parts = list(parts)
+    return (int(parts[0][1][2]), *(dtype for dtype, _ in parts))
+
+
+_BY_SIGNATURE = {signature((part.dtype, part.dims) for part in parts): name for name, parts in PARTS.items()}
+
+
+def scheme_of(weights: Sequence[Tensor]) -> str:
+    """ "float", or the scheme of a list of packed tensors, from its dtypes and shapes."""
     if len(weights) == 1:
         return "float"
-    if len(weights) == 3:
-        return "w8a"
-    return "w4g32" if weights[0].shape[2] == 4 else "w8c"
+    return _BY_SIGNATURE[signature((t.dtype, t.shape) for t in weights)]
+
+
+def part_shape(part: Part, n: int, k: int) -> tuple[int, ...]:
+    """Shape of a part of a packed [n, k] weight."""
+    named = {"N16": -(-n // ROWS), "K32": -(-k // GROUP)}
+    return tuple(named[d] if isinstance(d, str) else d for d in part.dims)
+
+
+def empty_packed(n: int, k: int, scheme: str, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Uninitialised packed tensors for a weight [n, k]: the shapes and dtypes of the contract."""
+    return [torch.empty(part_shape(part, n, k), dtype=part.dtype, device=device) for part in PARTS[scheme]]
+
+
+def buffers_of(scheme: str) -> list[str]:
+    """Names of the packed tensors in a module."""
+    return [part.buffer for part in PARTS[scheme]]
+
+
+def codebook() -> Tensor:
+    """int8 [16], the table of w4n32."""
+    return torch.tensor(CODEBOOK, dtype=torch.int8)
 
 
 def pack_w4g32(q: Tensor, s: Tensor) -> list[Tensor]:
@@ -38,13 +111,17 @@ def pack_nibbles(nibbles: Tensor, s: Tensor) -> list[Tensor]:
     return [w.contiguous(), _tile_scales(s, n16)]
 
 
+def pack_w4n32(nibbles: Tensor, s: Tensor) -> list[Tensor]:
+    """Indices into the codebook, uint8 [N, K] in 0..15, and fp16 `s` [N, ceil(K/32)] -> [w, s, c] of the contract."""
+    return [*pack_nibbles(nibbles, s), codebook()]
+
+
 def unpack_w4g32(w: Tensor, s: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
     """Inverse of `pack_w4g32`: int8 [n, k] and fp16 [n, ceil(k/32)]."""
     n16, k32 = w.shape[:2]
     halves = torch.stack((w & 15, w >> 4), dim=-2)  # [i, g, c, r, half, j]
     q = halves.permute(0, 3, 1, 2, 4, 5).reshape(n16 * ROWS, k32 * GROUP).to(torch.int8) - W4_ZERO
-    scales = s.permute(0, 2, 1).reshape(n16 * ROWS, k32)
-    return q[:n, :k].contiguous(), scales[:n].contiguous()
+    return q[:n, :k].contiguous(), _untile_scales(s)[:n].contiguous()
 
 
 def pack_w8(q: Tensor, s: Tensor, z: Tensor | None = None) -> list[Tensor]:
@@ -57,43 +134,76 @@ def pack_w8(q: Tensor, s: Tensor, z: Tensor | None = None) -> list[Tensor]:
     zeros = torch.full((n16 * ROWS,), W8_ZERO, dtype=torch.uint8)
     if z is not None:
         zeros[:n] = z
-    k32 = -(-q.shape[1] // GROUP)
-    padded = zeros[:, None].repeat(1, k32 * GROUP)
-    padded[:n, : q.shape[1]] = q
-    w = padded.view(n16, ROWS, k32, 8, 4).permute(0, 2, 3, 1, 4).contiguous()
     scales = torch.zeros(n16 * ROWS, dtype=torch.float32)
     scales[:n] = s
-    packed = [w, scales.view(n16, ROWS)]
+    packed = [_tile_bytes(q, zeros), scales.view(n16, ROWS)]
     return packed if z is None else [*packed, zeros.view(n16, ROWS)]
+
+
+def pack_w8g32(q: Tensor, s: Tensor) -> list[Tensor]:
+    """int8 `q` [N, K] and fp16 `s` [N, ceil(K/32)] -> [w, s] of the contract."""
+    n16 = -(-q.shape[0] // ROWS)
+    unsigned = (q.to(torch.int16) + W8_ZERO).to(torch.uint8)
+    return [_tile_bytes(unsigned, torch.full((n16 * ROWS,), W8_ZERO, dtype=torch.uint8)), _tile_scales(s, n16)]
+
+
+def unpack_w8g32(w: Tensor, s: Tensor, n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Inverse of `pack_w8g32`: int8 [n, k] and fp16 [n, ceil(k/32)]."""
+    q = (_untile_bytes(w, n, k).to(torch.int16) - W8_ZERO).to(torch.int8)
+    return q, _untile_scales(s)[:n].contiguous()
+
+
+def _tile_bytes(q: Tensor, fill: Tensor) -> Tensor:
+    """uint8 [N, K] -> 8-bit tiles, padded with the row's entry of `fill` [16 * N16]."""
+    k32 = -(-q.shape[1] // GROUP)
+    padded = fill[:, None].repeat(1, k32 * GROUP)
+    padded[: q.shape[0], : q.shape[1]] = q
+    return padded.view(-1, ROWS, k32, 8, 4).permute(0, 2, 3, 1, 4).contiguous()
+
+
+def _untile_bytes(w: Tensor, n: int, k: int) -> Tensor:
+    return w.permute(0, 3, 1, 2, 4).reshape(w.shape[0] * ROWS, w.shape[1] * GROUP)[:n, :k].contiguous()
 
 
 def unpack_w8(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Inverse of `pack_w8`: uint8 [n, k], fp32 [n], uint8 [n] or None."""
     w, s = weights[0], weights[1]
-    q = w.permute(0, 3, 1, 2, 4).reshape(w.shape[0] * ROWS, w.shape[1] * GROUP)[:n, :k].contiguous()
+    q = _untile_bytes(w, n, k)
     z = weights[2].reshape(-1)[:n].contiguous() if len(weights) == 3 else None
     return q, s.reshape(-1)[:n].contiguous(), z
 
 
-def dequantize(weights: list[Tensor], n: int, k: int) -> Tensor:
-    """Any weight list -> fp32 [n, k]: exactly the values that the kernels multiply with."""
+def unpack(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Any packed list -> (integers, fp32 scales): the value of [i, j] is integer[i, j] * scale[i, j].
+
+    Integers fp32 [n, k], exact; scales fp32 [n, groups] with one group per 32 columns, or [n, 1].
+    """
     scheme = scheme_of(weights)
-    if scheme == "float":
-        return weights[0].float()
     if scheme == "w4g32":
         q, s = unpack_w4g32(weights[0], weights[1], n, k)
-        return q.float() * s.float().repeat_interleave(GROUP, dim=1)[:, :k]
-    bytes_, scale, zero = unpack_w8(weights, n, k)
-    offset = torch.full((n, 1), float(W8_ZERO)) if zero is None else zero.float()[:, None]
-    return (bytes_.float() - offset) * scale[:, None]
+    elif scheme == "w4n32":
+        index, s = unpack_w4g32(weights[0], weights[1], n, k)
+        q = weights[2][index.long() + W4_ZERO]
+    elif scheme == "w8g32":
+        q, s = unpack_w8g32(weights[0], weights[1], n, k)
+    else:
+        bytes_, scale, zero = unpack_w8(weights, n, k)
+        offset = torch.full((n, 1), float(W8_ZERO)) if zero is None else zero.float()[:, None]
+        return bytes_.float() - offset, scale[:, None]
+    return q.float(), s.float()
+
+
+def dequantize(weights: list[Tensor], n: int, k: int) -> Tensor:
+    """Any weight list -> fp32 [n, k]: exactly the values that the kernels multiply with."""
+    if scheme_of(weights) == "float":
+        return weights[0].float()
+    q, s = unpack(weights, n, k)
+    return q * (s if s.shape[1] == 1 else s.repeat_interleave(GROUP, dim=1)[:, :k])
 
 
 def packed_bytes(n: int, k: int, scheme: str) -> int:
     """Bytes of a packed [n, k] weight."""
-    n16, k32 = -(-n // ROWS), -(-k // GROUP)
-    if scheme == "w4g32":
-        return n16 * k32 * ROWS * (GROUP // 2 + 2)
-    return n16 * k32 * ROWS * GROUP + n16 * ROWS * (5 if scheme == "w8a" else 4)
+    return sum(math.prod(part_shape(part, n, k)) * part.dtype.itemsize for part in PARTS[scheme])
 
 
 def _pad(q: Tensor, fill: int) -> Tensor:
@@ -106,3 +216,7 @@ def _tile_scales(s: Tensor, n16: int) -> Tensor:
     padded = torch.zeros(n16 * ROWS, groups, dtype=torch.float16)
     padded[:n] = s
     return padded.view(n16, ROWS, groups).permute(0, 2, 1).contiguous()
+
+
+def _untile_scales(s: Tensor) -> Tensor:
+    return s.permute(0, 2, 1).reshape(s.shape[0] * ROWS, s.shape[1])

@@ -13,11 +13,16 @@ Shape letters: `B` batch, `T` query tokens, `S` key tokens, `H`/`Hkv` heads, `D`
 |---------|------------|---------|
 | float   | `[w]`      | bf16, fp16 or fp32 `[N, K]` |
 | `w4g32` | `[w, s]`   | uint8 `[N16, K32, 4, 16, 4]`, fp16 scale `[N16, K32, 16]` |
+| `w4n32` | `[w, s, c]`| uint8 `[N16, K32, 4, 16, 4]`, fp16 scale `[N16, K32, 16]`, int8 codebook `[16]` |
+| `w8g32` | `[w, s]`   | uint8 `[N16, K32, 8, 16, 4]`, fp16 scale `[N16, K32, 16]` |
 | `w8c`   | `[w, s]`   | uint8 `[N16, K32, 8, 16, 4]`, fp32 scale `[N16, 16]` |
 | `w8a`   | `[w, s, z]`| uint8 `[N16, K32, 8, 16, 4]`, fp32 scale `[N16, 16]`, uint8 zero point `[N16, 16]` |
 
 - `w4g32` (tile "T16"): row `n = 16*i + r`; byte `w[i, g, c, r, j]` holds `k = 32*g + 8*c + j` in
   its low nibble and `k = 32*g + 8*c + 4 + j` in its high nibble; value = `s[i, g, r] * (nibble - 8)`.
+- `w4n32`: the same bytes; value = `s[i, g, r] * c[nibble]`. A codebook may lack a zero, so the padding of columns
+  is anything: activations are zero there. The quantizer's codebook is that of GGUF's IQ4_NL.
+- `w8g32`: bytes as `w8c`; value = `s[i, g, r] * (byte - 128)`.
 - `w8c`: byte `w[i, g, c, r, j]` holds `k = 32*g + 4*c + j`; value = `s[i, r] * (byte - 128)`.
 - `w8a`: same bytes; value = `s[i, r] * (byte - z[i, r])`.
 
@@ -28,7 +33,7 @@ below 1e-36 (so that `127 / amax` stays finite) -> `q = 0, scale = 0`. The sum o
 exact int32; the groups are
 added in fp32 in ascending order with one fused multiply-add each, so every ISA, thread count
 and token count M gives the same bits:
-`acc = fma(float(isum[g]) * a_scale[g], w_scale[g], acc)` for `w4g32`, and
+`acc = fma(float(isum[g]) * a_scale[g], w_scale[g], acc)` for `w4g32`, `w4n32` and `w8g32`, and
 `acc = fma(float(isum[g]), a_scale[g], acc)`, then `acc * w_scale` for `w8c` / `w8a`, where `isum`
 has the zero point already taken out (`sum a * (q - z)`, exact).
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from unicorn_backend.layouts import GROUP, W8_ZERO, dequantize, scheme_of, unpack_w4g32, unpack_w8
+from unicorn_backend.layouts import GROUP, dequantize, scheme_of, unpack
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -39,13 +39,8 @@ def matmul(x: Tensor, w: list[Tensor], n: int) -> Tensor:
     if scheme_of(w) == "float":
         return x.to(w[0].dtype).double() @ w[0].double().T
     a, a_scale = quantize_activations(x)
-    if scheme_of(w) == "w4g32":
-        q, s = unpack_w4g32(w[0], w[1], n, k)
-        values, scale = q.double(), s.double()  # [n, k], [n, G]
-    else:
-        stored, row_scale, zero = unpack_w8(w, n, k)
-        offset = W8_ZERO if zero is None else zero.double()[:, None]
-        values, scale = stored.double() - offset, row_scale.double()[:, None].expand(n, a.shape[-2])
+    q, s = unpack(w, n, k)
+    values, scale = q.double(), s.double().expand(n, a.shape[-2])  # [n, k], [n, G]
     values = F.pad(values, (0, -k % GROUP)).unflatten(-1, (-1, GROUP))  # [n, G, 32]
     sums = torch.einsum("...gk,ngk->...ng", a.double(), values)  # exact integers
     return (sums * a_scale.double().unsqueeze(-2) * scale).sum(-1)

@@ -27,20 +27,21 @@ void rotary(const RotaryArgs& p, Range items) {
 
 // The 32 values of one group of one row, as (stored - zero point) and the scale.
 INLINE float unpack_group(const Weight& w, int64_t tile, int64_t r, int64_t group, int64_t groups, float* values) {
-  if (w.scheme == Scheme::w4g32) {
-    const uint8_t* p = w.q + (tile * groups + group) * kW4GroupBytes + 4 * r;
+  const int64_t g = tile * groups + group;
+  const uint8_t* p = w.q + g * group_bytes(w.scheme) + 4 * r;
+  if (w.scheme == Scheme::w4g32 || w.scheme == Scheme::w4n32) {
     for (int k = 0; k < kGroup; ++k) {
-      const int byte = p[64 * (k / 8) + k % 4];
-      values[k] = static_cast<float>((k % 8 < 4 ? byte & 15 : byte >> 4) - 8);
+      const int byte = p[64 * (k / 8) + k % 4], nibble = k % 8 < 4 ? byte & 15 : byte >> 4;
+      values[k] = static_cast<float>(w.codebook == nullptr ? nibble - 8 : w.codebook[nibble]);
     }
-    alignas(64) float scales[16];
-    store(scales, load_f16(static_cast<const uint16_t*>(w.scale) + (tile * groups + group) * kRows));
-    return scales[r];
+  } else {
+    const int zero_point = w.scheme == Scheme::w8a ? w.zero[tile * kRows + r] : 128;
+    for (int k = 0; k < kGroup; ++k) values[k] = static_cast<float>(p[64 * (k / 4) + k % 4] - zero_point);
   }
-  const int zero_point = w.scheme == Scheme::w8a ? w.zero[tile * kRows + r] : 128;
-  const uint8_t* p = w.q + (tile * groups + group) * kW8GroupBytes + 4 * r;
-  for (int k = 0; k < kGroup; ++k) values[k] = static_cast<float>(p[64 * (k / 4) + k % 4] - zero_point);
-  return static_cast<const float*>(w.scale)[tile * kRows + r];
+  if (w.scheme == Scheme::w8c || w.scheme == Scheme::w8a) return static_cast<const float*>(w.scale)[tile * kRows + r];
+  alignas(64) float scales[16];
+  store(scales, load_f16(static_cast<const uint16_t*>(w.scale) + g * kRows));
+  return scales[r];
 }
 
 void embedding(const EmbeddingArgs& p, Range ids) {

@@ -6,11 +6,6 @@
 // 2048, 30 with 4096, 26 with 8192 (at most 37): there a prefetch beyond the page stops the hardware prefetcher.
 // The choice is in dispatch.cpp.
 
-template <Scheme S>
-constexpr int64_t group_bytes() {
-  return S == Scheme::w4g32 ? kW4GroupBytes : kW8GroupBytes;
-}
-
 // The activations of tokens [t, t + T) of a block, group by group.
 struct Cursor {
   const int8_t* q;
@@ -62,29 +57,54 @@ INLINE void add_group8(const uint8_t* p, vi zero_point, const Cursor& a, vf* sum
   }
 }
 
+// 8-bit values of any origin, and a scale per group.
+template <int T>
+INLINE void add_scaled8(const Group8& w, const uint16_t* scales, const Cursor& a, vf* sum) {
+  constexpr int U = together<T>();
+  const vf scale = load_f16(scales);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; t += U) {
+    vi dot[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) dot[u] = dot8_offset<true>(middle_zero(), a.sum8[t + u]);
+    dots8<U>(w, a.q + kGroup * t, dot);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) sum[t + u] = fma(mul(to_float(dot[u]), set(a.scale[t + u])), scale, sum[t + u]);
+  }
+}
+
 // out [T][16] = one tile times T tokens.
 template <Scheme S, int T>
 void tile_times(const Weight& w, int64_t tile, Cursor a, int64_t groups, float* out) {
-  const uint8_t* p = w.q + tile * groups * group_bytes<S>();
+  const uint8_t* p = w.q + tile * groups * group_bytes(S);
   const auto* scales = static_cast<const uint16_t*>(w.scale) + tile * groups * kRows;
   const vi zero_point = S == Scheme::w8a ? load_zero(w.zero + tile * kRows) : middle_zero();
+  const Codebook codebook = S == Scheme::w4n32 ? load_codebook(w.codebook) : Codebook{};
+  alignas(64) uint8_t buffer[kW8GroupBytes];  // of instruction sets with too few registers for a group
   vf sum[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) sum[t] = zero();
   const int64_t distance = prefetch_ahead;
   for (int64_t g = 0; g < groups; ++g, a.next()) {
-    for (int64_t i = 0; i < group_bytes<S>(); i += 64) __builtin_prefetch(p + distance + i);
+    for (int64_t i = 0; i < group_bytes(S); i += 64) __builtin_prefetch(p + distance + i);
     if (S == Scheme::w4g32) {
       add_group4<T>(p, scales, a, sum);
+      scales += kRows;
+    } else if (S == Scheme::w4n32) {
+      add_scaled8<T>(look_up(p, codebook, buffer), scales, a, sum);
+      scales += kRows;
+    } else if (S == Scheme::w8g32) {
+      add_scaled8<T>(load8(p), scales, a, sum);
       scales += kRows;
     } else {
       add_group8<T, S == Scheme::w8c>(p, zero_point, a, sum);
     }
-    p += group_bytes<S>();
+    p += group_bytes(S);
   }
-  const vf row_scale = S == Scheme::w4g32 ? set(1.0f) : load(static_cast<const float*>(w.scale) + tile * kRows);
+  constexpr bool kPerRow = S == Scheme::w8c || S == Scheme::w8a;
+  const vf row_scale = kPerRow ? load(static_cast<const float*>(w.scale) + tile * kRows) : set(1.0f);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) store(out + kRows * t, S == Scheme::w4g32 ? sum[t] : mul(sum[t], row_scale));
+  for (int t = 0; t < T; ++t) store(out + kRows * t, kPerRow ? mul(sum[t], row_scale) : sum[t]);
 }
 
 // The kernel for T tokens; only the sizes that fit the registers exist.
@@ -121,12 +141,22 @@ int64_t multiply(const Weight& w, int64_t tile, const Activations& a, int64_t fi
     const int tokens = static_cast<int>(left >= kMaxTokens ? kMaxTokens : left > 8 ? 8 : left);
     const Cursor cursor{block.q + t * kGroup, block.scale + t, block.sum8 + t, block.stride};
     float* to = out + t * kRows;
-    if (w.scheme == Scheme::w4g32) {
-      tile_times<Scheme::w4g32>(tokens, w, tile, cursor, a.groups, to);
-    } else if (w.scheme == Scheme::w8c) {
-      tile_times<Scheme::w8c>(tokens, w, tile, cursor, a.groups, to);
-    } else {
-      tile_times<Scheme::w8a>(tokens, w, tile, cursor, a.groups, to);
+    switch (w.scheme) {
+      case Scheme::w4g32:
+        tile_times<Scheme::w4g32>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::w8c:
+        tile_times<Scheme::w8c>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::w8a:
+        tile_times<Scheme::w8a>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::w4n32:
+        tile_times<Scheme::w4n32>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::w8g32:
+        tile_times<Scheme::w8g32>(tokens, w, tile, cursor, a.groups, to);
+        break;
     }
     t += tokens;
   }

@@ -132,6 +132,26 @@ INLINE __m256i dot8_half(const uint8_t* p, const int8_t* a, __m256i sum) {
   }
   return sum;
 }
+// Nibbles through a table of 16 values, as bytes of value + 128 in `buffer`.
+struct Codebook {
+  __m256i table;
+};
+INLINE Codebook load_codebook(const int8_t* c) {
+  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i*)c), _mm_set1_epi8(-128));
+  return {_mm256_broadcastsi128_si256(bytes)};
+}
+INLINE Group8 look_up(const uint8_t* p, const Codebook& codebook, uint8_t* buffer) {
+  const __m256i low = _mm256_set1_epi8(15);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {  // chunk i / 2, rows 0-7 or 8-15
+    const __m256i v = _mm256_loadu_si256((const __m256i*)(p + 32 * i));
+    const __m256i high = _mm256_and_si256(_mm256_srli_epi16(v, 4), low);
+    uint8_t* to = buffer + 128 * (i / 2) + 32 * (i % 2);
+    _mm256_store_si256((__m256i*)to, _mm256_shuffle_epi8(codebook.table, _mm256_and_si256(v, low)));
+    _mm256_store_si256((__m256i*)(to + 64), _mm256_shuffle_epi8(codebook.table, high));
+  }
+  return {buffer};
+}
 INLINE vi load_zero(const uint8_t* z) {
   const __m256i middle = set32(128);
   return {_mm256_sub_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)z)), middle),

@@ -82,6 +82,21 @@ INLINE Group8 load8(const uint8_t* p) {
   for (int c = 0; c < 8; ++c) g.v[c] = _mm512_loadu_si512(p + 64 * c);
   return g;
 }
+// Nibbles through a table of 16 values, as bytes of value + 128.
+struct Codebook {
+  vi table;
+};
+INLINE Codebook load_codebook(const int8_t* c) {
+  const __m128i bytes = _mm_xor_si128(_mm_loadu_si128((const __m128i*)c), _mm_set1_epi8(-128));
+  return {_mm512_broadcast_i32x4(bytes)};
+}
+INLINE Group8 look_up(const uint8_t* p, const Codebook& codebook, uint8_t*) {
+  const Group4 nibbles = load4(p);
+  Group8 g;
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) g.v[c] = _mm512_shuffle_epi8(codebook.table, nibbles.v[c]);
+  return g;
+}
 // sum[t] += w times the 32 activations of token t. The tokens take turns: chains of eight dependent vpdpbusd one after
 // another fill the scheduler (97 entries on Golden Cove) with instructions that wait; GEMM then ran at 42 % of peak.
 // For the same reason a single token has two chains.

@@ -163,6 +163,22 @@ INLINE vi dot4(const Group4& g, const int8_t* a, int32_t sum8) {
   }
   return sum;
 }
+struct Codebook {
+  uint8_t table[16];
+};
+INLINE Codebook load_codebook(const int8_t* c) {
+  Codebook book;
+  LANES book.table[i] = static_cast<uint8_t>(c[i] + 128);
+  return book;
+}
+INLINE Group8 look_up(const uint8_t* p, const Codebook& codebook, uint8_t* buffer) {
+  for (int i = 0; i < 256; ++i) {
+    uint8_t* to = buffer + 128 * (i / 64) + i % 64;
+    to[0] = codebook.table[p[i] & 15];
+    to[64] = codebook.table[p[i] >> 4];
+  }
+  return {buffer};
+}
 INLINE vi load_zero(const uint8_t* z) {
   vi r;
   LANES r.v[i] = z[i];

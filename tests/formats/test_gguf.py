@@ -1,4 +1,4 @@
-"""GGUF in and out: Q4_0 keeps its values, other types are requantized, hostile files are named and refused."""
+"""GGUF in and out: Q4_0, IQ4_NL and Q8_0 keep their values, other types are requantized, hostile files refused."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unicorn_backend import quantize, quantize_checkpoint, verify
 from unicorn_backend.errors import CheckpointError, QuantizationError
-from unicorn_backend.formats.gguf import read_header, repack_q4_0
-from unicorn_backend.formats.gguf_out import _q8_0, to_q4_0
+from unicorn_backend.formats.gguf import read_header, repack_iq4_nl, repack_q4_0, repack_q8_0
+from unicorn_backend.formats.gguf_out import _q8_0, to_q4_0, to_q8_0
 from unicorn_backend.layouts import dequantize
 from unicorn_backend.models import SAMPLE_TEXT, TINY
 from unicorn_backend.quantize.schemes import quantize_weight
@@ -44,18 +44,41 @@ def random_blocks(kind: Type, rows: int, k: int) -> np.ndarray:
         elements, size = gguf.GGML_QUANT_SIZES[kind]
         blocks = np.random.default_rng(0).integers(0, 255, (rows, k // elements, size), dtype=np.uint8)
         half = np.frombuffer(np.float16(0.01).tobytes(), np.uint8)
-        places = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,)}[kind]
+        places = {Type.Q4_K: (0, 2), Type.Q5_K: (0, 2), Type.Q6_K: (208,), Type.IQ4_NL: (0,)}[kind]
         for place in places:
             blocks[:, :, place : place + 2] = half
         return blocks.reshape(rows, -1)
 
 
-def test_q4_0_repacks_exactly() -> None:
+@pytest.mark.parametrize(
+    ("kind", "repack", "back"),
+    [
+        (Type.Q4_0, repack_q4_0, to_q4_0),
+        (Type.IQ4_NL, repack_iq4_nl, to_q4_0),
+        (Type.Q8_0, repack_q8_0, to_q8_0),
+    ],
+)
+def test_repacks_exactly(kind: Type, repack: Any, back: Any) -> None:
     for rows, k in ((1, 32), (40, 32), (16, 64), (37, 96)):
-        blocks = random_blocks(Type.Q4_0, rows, k)
-        packed = repack_q4_0(torch.from_numpy(blocks))
-        assert np.array_equal(dequantize(packed, rows, k).numpy(), gguf.quants.dequantize(blocks, Type.Q4_0))
-        assert np.array_equal(to_q4_0(packed)[:rows].numpy(), blocks)
+        blocks = random_blocks(kind, rows, k)
+        packed = repack(torch.from_numpy(blocks))
+        assert np.array_equal(dequantize(packed, rows, k).numpy(), gguf.quants.dequantize(blocks, kind))
+        assert np.array_equal(back(packed)[:rows].numpy(), blocks)
+
+
+def test_hybrid_out_and_in_again(tmp_path: Path, tiny: Any) -> None:
+    """What `hybrid` packs in 4 bits is IQ4_NL to the bit; its INT8 has another scale there."""
+    quantize_checkpoint(TINY, tmp_path / "out", "hybrid", format="gguf")
+    result = quantize_checkpoint(tmp_path / "out/model.gguf", tmp_path / "back")
+    back, expected = load_file(tmp_path / "back/model.safetensors"), quantize(tiny, "hybrid").state_dict()
+    kinds = [row["scheme"] for row in result["weights"] if row["exact"]]
+    assert kinds.count("w4n32") == 36 and kinds.count("w8g32") == 7  # six v_proj and the table
+    assert all(torch.equal(back[name], expected[name]) for name in back if ".mlp." in name)
+    text = SAMPLE_TEXT.read_text(encoding="utf-8")[:2000]
+    ids = AutoTokenizer.from_pretrained(TINY)(text, return_tensors="pt").input_ids[:, :64]
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, tiny(ids).logits, atol=0.5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -95,13 +118,13 @@ def test_out_and_in_again(folder: Path, tmp_path: Path, tiny: Any) -> None:
     """What Q4_0 holds comes back to the bit, with config, tokenizer and a report that says so."""
     assert verify(folder / "q4") == []
     result = quantize_checkpoint(folder / "q4", tmp_path / "back", "q4")
-    assert result["notes"] == ["1 weights stored as Q8_0 were dequantized and quantized again to w8a"]
+    assert result["notes"] == []
     back, expected = load_file(tmp_path / "back/model.safetensors"), quantize(tiny, "q4").state_dict()
     for row in result["weights"]:
-        if row["exact"]:
-            assert row["scheme"] == "w4g32" and row["sqnr_db"] is None
+        if row["exact"] and row["scheme"] == "w4g32":
+            assert row["sqnr_db"] is None
             assert all(torch.equal(back[name], expected[name]) for name in row["tensors"])
-    assert sum(row["exact"] for row in result["weights"]) == 42
+    assert sum(row["exact"] for row in result["weights"]) == 43
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
     reference = AutoModelForCausalLM.from_pretrained(TINY)
     for key in ("layer_types", "rope_parameters", "query_pre_attn_scalar", "sliding_window", "vocab_size"):
@@ -112,7 +135,7 @@ def test_out_and_in_again(folder: Path, tmp_path: Path, tiny: Any) -> None:
     input_ids = torch.tensor([ids[0][:64]])
     with torch.no_grad():
         logits, wanted = model(input_ids).logits, tiny(input_ids).logits
-    torch.testing.assert_close(logits, wanted, atol=0.5, rtol=0)  # the table is w8a of Q8_0, everything else the same
+    torch.testing.assert_close(logits, wanted, atol=0.5, rtol=0)  # the table is Q8_0 of w8a, everything else the same
 
 
 def test_bf16_gives_the_bytes_of_safetensors(folder: Path, tmp_path: Path) -> None:
@@ -142,7 +165,7 @@ def rewrite(source: Path, target: Path, change: Callable[[str, Any], tuple[Any, 
     writer.close()
 
 
-@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q5_0, Type.Q8_0, Type.Q4_K, Type.Q5_K, Type.Q6_K])
+@pytest.mark.parametrize("kind", [Type.Q4_1, Type.Q5_0, Type.Q4_K, Type.Q5_K, Type.Q6_K])
 def test_other_types_are_requantized(folder: Path, tmp_path: Path, kind: Type) -> None:
     name, shape = "blk.1.ffn_gate.weight", (1024, 256)
     blocks = random_blocks(kind, *shape)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from unicorn_backend import layouts, reference
 from unicorn_backend.layouts import GROUP
 
-SCHEMES = ("w4g32", "w8c", "w8a")
+SCHEMES = layouts.SCHEMES
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TOKENS = (1, 2, 3, 5, 8, 13, 64)
 UNIT = 2.0**-24  # largest relative error of one fp32 rounding
@@ -28,9 +28,15 @@ def make_weight(n: int, k: int, scheme: str) -> list[Tensor]:
     """Random [n, k] with entries of about 0.5 / sqrt(k), some rows and groups much smaller, in any scheme or dtype."""
     if scheme not in SCHEMES:
         return [(torch.randn(n, k) / k**0.5).to(getattr(torch, scheme))]
+    scale = (torch.rand(n, -(-k // GROUP)) + 0.1) * torch.randn(n, 1).sign() / k**0.5
     if scheme == "w4g32":
-        scale = (torch.rand(n, -(-k // GROUP)) + 0.1) * torch.randn(n, 1).sign() * 0.2 / k**0.5
-        return layouts.pack_w4g32(torch.randint(-8, 8, (n, k), dtype=torch.int8), scale.half())
+        return layouts.pack_w4g32(torch.randint(-8, 8, (n, k), dtype=torch.int8), (0.2 * scale).half())
+    if scheme == "w4n32":
+        return layouts.pack_w4n32(torch.randint(0, 16, (n, k), dtype=torch.uint8), (0.02 * scale).half())
+    if scheme == "w8g32":
+        q = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        q[0, :], q[-1, :] = 127, -128
+        return layouts.pack_w8g32(q, (0.01 * scale).half())
     stored = torch.randint(0, 256, (n, k), dtype=torch.uint8)
     stored[0, :] = 255  # the extremes that saturating instructions would get wrong
     stored[-1, :] = 0
@@ -77,11 +83,8 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_values(w: list[Tensor], n: int, k: int) -> Tensor:
     """fp64 [n, k]; `layouts.dequantize` rounds its w8 products to fp32, which the kernels never do."""
-    if layouts.scheme_of(w) == "w4g32":
-        return layouts.dequantize(w, n, k).double()
-    stored, scale, zero = layouts.unpack_w8(w, n, k)
-    middle = torch.full((n,), layouts.W8_ZERO) if zero is None else zero
-    return (stored.double() - middle.double()[:, None]) * scale.double()[:, None]
+    q, s = layouts.unpack(w, n, k)
+    return q.double() * s.double().repeat_interleave(GROUP if s.shape[1] > 1 else k, dim=1)[:, :k]
 
 
 def project(x: Approx, w: list[Tensor], bias: Tensor | None, n: int) -> Approx:
@@ -97,7 +100,9 @@ def project(x: Approx, w: list[Tensor], bias: Tensor | None, n: int) -> Approx:
     flips = ((steps - steps.floor() - 0.5).abs() <= reach) & (error > 0)
     moved = scale.double()[..., None] * (flips + (q.abs() + 1) * (scale_error + 2 * UNIT) * (error > 0))
     weights = F.pad(weight_values(w, n, k), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
-    terms = torch.einsum("...gk,ngk->...ng", q.double() * scale.double()[..., None], weights)
+    a = q.double() * scale.double()[..., None]
+    terms = torch.einsum("...gk,ngk->...ng", a, weights)
+    moved = moved + 2.0**-48 * a.abs()  # fp64 rounds too: it shows where the integers of a group cancel to zero
     drift = torch.einsum("...gk,ngk->...n", moved, weights.abs())
     result = Approx(terms.sum(-1), drift + (groups + 4) * UNIT * terms.abs().sum(-1))
     return result.plus(bias)

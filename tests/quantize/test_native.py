@@ -11,11 +11,7 @@ import torch
 
 from unicorn_backend.quantize import schemes
 
-REFERENCES = {
-    "w4g32": schemes.quantize_w4g32_reference,
-    "w8c": schemes.quantize_w8c_reference,
-    "w8a": schemes.quantize_w8a_reference,
-}
+REFERENCES = schemes.REFERENCES
 SHAPES = ((1, 1), (3, 7), (16, 32), (17, 33), (31, 95), (64, 640), (100, 1152))
 
 pytestmark = pytest.mark.usefixtures("native")

@@ -63,8 +63,8 @@ def test_other_recipes(recipe: str, attention: str | None, ffn: str | None) -> N
 
 
 def test_names() -> None:
-    assert recipes() == ("default", "q4", "ultra", "int8", "none")
-    with pytest.raises(OptionError, match=r"'int3'.*'default', 'q4', 'ultra', 'int8', 'none'"):
+    assert recipes() == ("default", "q4", "ultra", "hybrid", "int8", "none")
+    with pytest.raises(OptionError, match=r"'int3'.*'default', 'q4', 'ultra', 'hybrid', 'int8', 'none'"):
         Recipe.named("int3")
 
 

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from unicorn_backend.errors import OptionError
-from unicorn_backend.layouts import GROUP, dequantize, unpack_w4g32, unpack_w8
+from unicorn_backend.layouts import CODEBOOK, GROUP, PARTS, SCHEMES, dequantize, empty_packed, unpack_w4g32, unpack_w8
 from unicorn_backend.quantize.rewrite import sqnr_db
-from unicorn_backend.quantize.schemes import empty_packed, quantize_weight
+from unicorn_backend.quantize.schemes import quantize_weight
 
-SCHEMES = ("w4g32", "w8c", "w8a")
 SHAPES = ((1, 1), (16, 32), (17, 33), (5, 100), (48, 64))
 
 # dB on N(0, 1) [512, 1024]; a deviation either way means that the measurement or the scheme changed
-BANDS = {"w8c": 42.0, "w8a": 42.6, "w4g32": 21.8}
+BANDS = {"w8c": 42.0, "w8a": 42.6, "w8g32": 45.5, "w4g32": 21.8, "w4n32": 22.7}
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -35,6 +34,23 @@ def test_w4g32_beats_a_single_scale_by_amax() -> None:
     assert errors[1] == pytest.approx(0.0811, abs=0.001)
 
 
+def test_padding_rows_of_a_codebook_without_zero() -> None:
+    """Columns past K hold what they hold: the activations there are zero."""
+    assert not dequantize(quantize_weight(torch.randn(17, 33), "w4n32"), 32, 64)[17:].any()
+
+
+def test_w4n32_beats_its_codebook_by_amax() -> None:
+    """GGUF's IQ4_NL without a search: the largest weight becomes -127, and every weight its nearest value."""
+    w = torch.randn(256, 1024)
+    x, table = w.view(-1, GROUP), torch.tensor(CODEBOOK, dtype=torch.float32)
+    scale = x.gather(1, x.abs().argmax(1, keepdim=True)) / -127
+    plain = (scale * table[((x / scale)[..., None] - table).abs().argmin(-1)]).view_as(w)
+    searched = dequantize(quantize_weight(w, "w4n32"), *w.shape)
+    errors = [float((y - w).norm() / w.norm()) for y in (plain, searched)]
+    assert errors[0] == pytest.approx(0.0792, abs=0.001)
+    assert errors[1] == pytest.approx(0.0736, abs=0.001)
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -42,8 +58,8 @@ def test_shapes_are_the_contracts(scheme: str, shape: tuple[int, int], dtype: to
     w = torch.randn(shape).to(dtype)
     packed, wanted = quantize_weight(w, scheme), empty_packed(*shape, scheme, "meta")
     assert [(t.shape, t.dtype) for t in packed] == [(t.shape, t.dtype) for t in wanted]
-    step = packed[1].float().abs().max()
-    assert (dequantize(packed, *shape) - w.float()).abs().max() <= step * (1.01 if scheme == "w4g32" else 0.51)
+    step = packed[1].float().abs().max() * {"w4g32": 1.01, "w4n32": 30}.get(scheme, 0.51)
+    assert (dequantize(packed, *shape) - w.float()).abs().max() <= step
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -54,7 +70,7 @@ def test_fake_agrees(scheme: str) -> None:
     )
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [scheme for scheme in SCHEMES if scheme != "w4n32"])
 def test_padding_means_zero(scheme: str) -> None:
     packed = quantize_weight(torch.randn(17, 33), scheme)
     whole = dequantize(packed, 32, 64)
@@ -107,8 +123,8 @@ def test_w4g32_uses_both_signs_of_the_scale() -> None:
 def test_rows_do_not_depend_on_their_neighbours(scheme: str) -> None:
     w = torch.randn(48, 96)
     whole, part = quantize_weight(w, scheme), quantize_weight(w[16:32], scheme)
-    for a, b in zip(whole, part, strict=True):
-        assert torch.equal(a[1:2], b)
+    for part_of, a, b in zip(PARTS[scheme], whole, part, strict=True):
+        assert torch.equal(a[1:2] if part_of.tiled else a, b)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -1,4 +1,4 @@
-"""GGUF files: a reader that checks everything before it believes it, and Q4_0 blocks in our tiles.
+"""GGUF files: a reader that checks everything before it believes it, and blocks of some types in our tiles.
 
 The gguf package describes the types and dequantizes them, transformers maps names, configs and tokenizers.
 Both trust the file, so `read_header` walks it first: every count, length, offset and type is checked
@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.formats.safetensors import StoredTensor, read_exactly
-from unicorn_backend.layouts import pack_nibbles
+from unicorn_backend.layouts import pack_nibbles, pack_w4n32, pack_w8g32
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -68,7 +69,7 @@ class GgufTensor(StoredTensor):
     @property
     def scheme(self) -> str | None:
         """The scheme that holds the same values, if there is one."""
-        return "w4g32" if self.type == GGMLQuantizationType.Q4_0 and len(self.shape) == 2 else None
+        return _EXACT[self.type][0] if self.type in _EXACT and len(self.shape) == 2 else None
 
     @property
     def type_name(self) -> str:
@@ -90,7 +91,7 @@ class GgufTensor(StoredTensor):
 
     def packed_rows(self, first: int, last: int) -> list[Tensor]:
         """Rows first..last-1 in the layout of `scheme`, with exactly the stored values."""
-        return repack_q4_0(self._blocks(first, last))
+        return _EXACT[self.type][1](self._blocks(first, last))
 
     def _blocks(self, first: int, last: int) -> Tensor:
         """The bytes of rows first..last-1, uint8 [rows, row_bytes]."""
@@ -114,12 +115,39 @@ def repack_q4_0(blocks: Tensor) -> list[Tensor]:
 
     A block is an fp16 scale and 16 bytes: the low nibbles are columns 0..15, the high ones 16..31.
     """
+    return pack_nibbles(*_nibbles(blocks))
+
+
+def repack_iq4_nl(blocks: Tensor) -> list[Tensor]:
+    """IQ4_NL rows, laid out as Q4_0's -> w4n32 [w, s, c] with the same values."""
+    return pack_w4n32(*_nibbles(blocks))
+
+
+def repack_q8_0(blocks: Tensor) -> list[Tensor]:
+    """Q8_0 rows uint8 [n, k / 32 * 34] -> w8g32 [w, s] with the same values. A block: an fp16 scale and 32 int8."""
+    n = blocks.shape[0]
+    groups = blocks.view(n, -1, 34)
+    return pack_w8g32(groups[..., 2:].reshape(n, -1).view(torch.int8), _scales(groups))
+
+
+def _nibbles(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [n, k] in 0..15 and fp16 scales [n, k / 32] of blocks of 18 bytes."""
     n = blocks.shape[0]
     groups = blocks.view(n, -1, 18)
-    scales = groups[..., :2].contiguous().view(torch.float16)[..., 0]
     halves = groups[..., 2:]
-    nibbles = torch.cat((halves & 15, halves >> 4), dim=-1)
-    return pack_nibbles(nibbles.view(n, -1), scales)
+    return torch.cat((halves & 15, halves >> 4), dim=-1).view(n, -1), _scales(groups)
+
+
+def _scales(groups: Tensor) -> Tensor:
+    return groups[..., :2].contiguous().view(torch.float16)[..., 0]
+
+
+# Stored type -> the scheme with the same values, and how its rows become that.
+_EXACT: dict[GGMLQuantizationType, tuple[str, Callable[[Tensor], list[Tensor]]]] = {
+    GGMLQuantizationType.Q4_0: ("w4g32", repack_q4_0),
+    GGMLQuantizationType.IQ4_NL: ("w4n32", repack_iq4_nl),
+    GGMLQuantizationType.Q8_0: ("w8g32", repack_q8_0),
+}
 
 
 @dataclass(frozen=True)

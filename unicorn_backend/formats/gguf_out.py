@@ -1,7 +1,8 @@
-"""GGUF out: one file that llama.cpp runs. INT4 in groups of 32 becomes Q4_0 with the same values, INT8 becomes Q8_0.
+"""GGUF out: one file that llama.cpp runs. w4g32 becomes Q4_0, w4n32 IQ4_NL, w8g32 Q8_0 with the same values.
 
 Q4_0's 18 bytes hold what our search found for a group, so a file written here has Q4_0's size and less error
-than llama.cpp's own. Q8_0 has a scale per 32 weights instead of one per row. Norms are fp32, as llama.cpp wants.
+than llama.cpp's own. w8c and w8a become Q8_0, with a scale per 32 weights instead of one per row. Norms are
+fp32, as llama.cpp wants.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from unicorn_backend.formats.target import (
     packed_with_noise,
     squares,
 )
-from unicorn_backend.layouts import GROUP, ROWS, W4_ZERO, unpack_w4g32
+from unicorn_backend.layouts import GROUP, ROWS, W4_ZERO, unpack_w4g32, unpack_w8g32
 from unicorn_backend.quantize.recipe import FLOAT
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 ALIGNMENT = 32
 Type = GGMLQuantizationType
-_TYPES = {"w4g32": Type.Q4_0, "w8c": Type.Q8_0, "w8a": Type.Q8_0}
+_TYPES = {"w4g32": Type.Q4_0, "w4n32": Type.IQ4_NL, "w8g32": Type.Q8_0, "w8c": Type.Q8_0, "w8a": Type.Q8_0}
 _FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
 
 
@@ -79,7 +80,7 @@ class GgufOut:
             assert isinstance(rows, Tensor)
             values = rows.float() + (1.0 if "norm.weight" in renamed else 0.0) if len(shape) == 1 else rows
             return [(renamed, first * values.element_size(), values)], LOSSLESS
-        data, noise = _q4_0(rows) if _TYPES[scheme] == Type.Q4_0 else _q8_0(rows)
+        data, noise = _q8_0(rows) if scheme in ("w8c", "w8a") else _same_values(rows, scheme)
         data = data[: shape[0] - first]
         return [(renamed, first * data.shape[1], data)], noise
 
@@ -112,21 +113,33 @@ class GgufOut:
         return self._names[name]
 
 
-def _q4_0(rows: Rows) -> tuple[Tensor, Noise]:
-    """Q4_0 blocks uint8 [n, k / 32 * 18] with the values that w4g32 gives."""
-    packed, noise = packed_with_noise(rows, "w4g32")
-    return to_q4_0(packed), noise
+def _same_values(rows: Rows, scheme: str) -> tuple[Tensor, Noise]:
+    """Blocks with the values that the scheme gives."""
+    packed, noise = packed_with_noise(rows, scheme)
+    return (to_q8_0(packed) if scheme == "w8g32" else to_q4_0(packed)), noise
 
 
 def to_q4_0(packed: list[Tensor]) -> Tensor:
-    """w4g32 [w, s] -> Q4_0 rows uint8 [16 * N16, K32 * 18]; the inverse of `repack_q4_0`."""
-    w, s = packed
+    """w4g32 or w4n32 -> Q4_0 or IQ4_NL rows uint8 [16 * N16, K32 * 18]; the inverse of `repack_q4_0`."""
+    w, s = packed[:2]
     n, k32 = w.shape[0] * ROWS, w.shape[1]
     q, scales = unpack_w4g32(w, s, n, k32 * GROUP)
     nibbles = (q + W4_ZERO).to(torch.uint8).view(n, k32, 2, 16)
-    halves = nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)
-    scale_bytes = scales.flatten().view(torch.uint8).view(n, k32, 2)
-    return torch.cat((scale_bytes, halves), dim=-1).view(n, -1)
+    return _blocks(scales, nibbles[:, :, 0] | (nibbles[:, :, 1] << 4))
+
+
+def to_q8_0(packed: list[Tensor]) -> Tensor:
+    """w8g32 [w, s] -> Q8_0 rows uint8 [16 * N16, K32 * 34]; the inverse of `repack_q8_0`."""
+    w, s = packed
+    n, k32 = w.shape[0] * ROWS, w.shape[1]
+    q, scales = unpack_w8g32(w, s, n, k32 * GROUP)
+    return _blocks(scales, q.view(torch.uint8).view(n, k32, GROUP))
+
+
+def _blocks(scales: Tensor, rest: Tensor) -> Tensor:
+    """fp16 [n, groups] before uint8 [n, groups, bytes], as rows."""
+    scale_bytes = scales.flatten().view(torch.uint8).view(*scales.shape, 2)
+    return torch.cat((scale_bytes, rest), dim=-1).view(scales.shape[0], -1)
 
 
 def _q8_0(rows: Rows) -> tuple[Tensor, Noise]:
@@ -141,10 +154,7 @@ def _q8_0(rows: Rows) -> tuple[Tensor, Noise]:
     q = torch.copysign(size.floor() + (2 * (size - size.floor())).floor(), scaled)  # half away from zero
     stored = d.half()
     error = x - q * stored.float()
-    blocks = torch.cat(
-        (stored.flatten().view(torch.uint8).view(*x.shape[:2], 2), q.to(torch.int8).view(torch.uint8)), dim=-1
-    )
-    return blocks.view(rows.shape[0], -1), (squares(x), squares(error))
+    return _blocks(stored[..., 0], q.to(torch.int8).view(torch.uint8)), (squares(x), squares(error))
 
 
 def _write_metadata(writer: GGUFWriter, source: Source, types: Mapping[str, Type]) -> None:
@@ -181,6 +191,8 @@ def _write_metadata(writer: GGUFWriter, source: Source, types: Mapping[str, Type
 
 def _file_type(types: Mapping[str, Type]) -> LlamaFileType:
     kinds = set(types.values())
+    if Type.IQ4_NL in kinds:
+        return LlamaFileType.MOSTLY_IQ4_NL
     if Type.Q4_0 in kinds:
         return LlamaFileType.MOSTLY_Q4_0
     if Type.Q8_0 in kinds:

@@ -13,10 +13,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from unicorn_backend.formats.safetensors import make_header
-from unicorn_backend.layouts import ROWS
+from unicorn_backend.layouts import PARTS, ROWS, buffers_of, empty_packed
 from unicorn_backend.quantize import report
 from unicorn_backend.quantize.recipe import FLOAT
-from unicorn_backend.quantize.schemes import empty_packed, quantization_noise, quantize_weight
+from unicorn_backend.quantize.schemes import quantization_noise, quantize_weight
 
 if TYPE_CHECKING:
     from unicorn_backend.quantize.skeleton import Skeleton
@@ -80,7 +80,7 @@ class Unicorn:
         if scheme == FLOAT:
             return {name: (dtype, shape)}
         empty = empty_packed(shape[0], shape[1], scheme, "meta")
-        return {key: (t.dtype, tuple(t.shape)) for key, t in zip(_buffers(name), empty, strict=False)}
+        return {key: (t.dtype, tuple(t.shape)) for key, t in zip(_buffers(name, scheme), empty, strict=True)}
 
     def encode(
         self, name: str, shape: tuple[int, ...], scheme: str, first: int, rows: Rows
@@ -89,8 +89,9 @@ class Unicorn:
             return copied(name, first, rows)
         packed, noise = packed_with_noise(rows, scheme)
         tile = first // ROWS
-        parts = zip(_buffers(name), packed, strict=False)
-        return [(key, tile * t[0].nbytes, t) for key, t in parts], noise
+        parts = zip(_buffers(name, scheme), PARTS[scheme], packed, strict=True)
+        # What is not per tile (a codebook) is written once.
+        return [(key, tile * t[0].nbytes, t) for key, part, t in parts if part.tiled or tile == 0], noise
 
     def layout(self, declared: Declared, shard_bytes: int) -> Layout:
         return sharded(declared, shard_bytes)
@@ -121,10 +122,8 @@ def squares(x: Tensor) -> float:
     return float(x.square().sum(-1).double().sum())
 
 
-def _buffers(name: str) -> list[str]:
-    from unicorn_backend.quantize.modules import BUFFERS
-
-    return [name.removesuffix("weight") + buffer for buffer in BUFFERS]
+def _buffers(name: str, scheme: str) -> list[str]:
+    return [name.removesuffix("weight") + buffer for buffer in buffers_of(scheme)]
 
 
 def sharded(declared: Declared, shard_bytes: int) -> Layout:

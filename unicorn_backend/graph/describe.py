@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from unicorn_backend.graph.pattern import Reason, as_linear, aten, is_op, shape, static, unicorn, value
+from unicorn_backend.graph.pattern import Reason, as_linear, aten, is_op, static, unicorn, value
+from unicorn_backend.layouts import scheme_of
 from unicorn_backend.plan import Left, Plan, Step
 
 # op -> (kind, positions of its weight lists)
@@ -57,9 +58,7 @@ def scheme(weights: list[Node]) -> str:
     """Scheme name of a weight list, from dtypes and shapes alone (see `ops.py`)."""
     if len(weights) == 1:
         return str(value(weights[0]).dtype).removeprefix("torch.")
-    if len(weights) == 3:
-        return "w8a"
-    return "w4g32" if static(shape(weights[0])[2]) == 4 else "w8c"
+    return scheme_of([value(weight) for weight in weights])
 
 
 def _bytes(node: Node) -> int:

@@ -23,11 +23,11 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
+from unicorn_backend.layouts import BUFFERS, buffers_of, empty_packed
 from unicorn_backend.quantize import rewrite
 from unicorn_backend.quantize.memory import MappedFiles
-from unicorn_backend.quantize.modules import BUFFERS, QuantEmbedding, QuantLinear, pack_module
+from unicorn_backend.quantize.modules import QuantEmbedding, QuantLinear, pack_module
 from unicorn_backend.quantize.recipe import Recipe
-from unicorn_backend.quantize.schemes import empty_packed
 
 METHOD = "unicorn"
 
@@ -270,7 +270,7 @@ def check_packed(model: nn.Module, *, loaded: bool) -> None:
         if not isinstance(module, (QuantLinear, QuantEmbedding)):
             continue
         wanted = empty_packed(*module.weight_shape, module.scheme, "meta")
-        for buffer, want in zip(BUFFERS, wanted, strict=False):
+        for buffer, want in zip(buffers_of(module.scheme), wanted, strict=True):
             got = module._buffers.get(buffer)
             missing = got is None or got.is_meta
             if missing or (loaded and not getattr(got, "_is_hf_initialized", False)):
@@ -286,7 +286,7 @@ def check_packed(model: nn.Module, *, loaded: bool) -> None:
 
 
 Stored = dict[str, tuple[str, list[int]]]  # tensor name -> (safetensors dtype, shape)
-_DTYPES = {"U8": torch.uint8, "F16": torch.float16, "F32": torch.float32}
+_DTYPES = {"U8": torch.uint8, "I8": torch.int8, "F16": torch.float16, "F32": torch.float32}
 
 
 def check_stored(model: nn.Module, stored: Stored) -> None:

@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from unicorn_backend.quantize.modules import BUFFERS, QuantEmbedding, QuantLinear
+from unicorn_backend.layouts import BUFFERS
+from unicorn_backend.quantize.modules import QuantEmbedding, QuantLinear
 
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4  # Linux

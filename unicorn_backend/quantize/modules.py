@@ -16,10 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from unicorn_backend import ops as _ops  # noqa: F401  (defines the unicorn:: ops)
-from unicorn_backend.layouts import scheme_of
+from unicorn_backend.layouts import BUFFERS, buffers_of, scheme_of
 from unicorn_backend.quantize.schemes import ensure_kernels
-
-BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point")
 
 
 class PackedWeight:
@@ -97,8 +95,7 @@ class _Packed(nn.Module):
     @property
     def packed(self) -> list[Tensor]:
         """The tensor list of the op contract."""
-        zero = self._buffers.get("weight_zero_point")
-        return [self.weight_packed, self.weight_scale, *([] if zero is None else [zero])]
+        return [tensor for name in BUFFERS if (tensor := self._buffers.get(name)) is not None]
 
     @property
     def scheme(self) -> str:
@@ -112,7 +109,7 @@ class _Packed(nn.Module):
 
     def set_packed(self, packed: list[Tensor], *, persistent: bool = True) -> None:
         """Use these tensors; `persistent=False` where another module saves them (a tied head)."""
-        for name, tensor in zip(BUFFERS, packed, strict=False):
+        for name, tensor in zip(buffers_of(scheme_of(packed)), packed, strict=True):
             self.register_buffer(name, tensor, persistent=persistent)
 
     def extra_repr(self) -> str:

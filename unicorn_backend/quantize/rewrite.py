@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unicorn_backend.errors import OptionError, QuantizationError
+from unicorn_backend.layouts import SCHEMES
 from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import (
     QuantEmbedding,
@@ -28,7 +29,7 @@ from unicorn_backend.quantize.modules import (
     refusal,
     unpack_module,
 )
-from unicorn_backend.quantize.recipe import FLOAT, SCHEMES, Recipe, recipes
+from unicorn_backend.quantize.recipe import FLOAT, Recipe, recipes
 from unicorn_backend.quantize.schemes import ensure_kernels, quantization_noise_reference, quantize_weight
 from unicorn_backend.quantize.structure import is_language_model
 
