@@ -43,9 +43,9 @@ def watch(monkeypatch: Any) -> Iterator[Ran]:
     ran = Ran()
     plain = backend.finish
 
-    def finish(normal: Any, plan: Plan) -> Any:
+    def finish(normal: Any, plan: Plan, options: Any) -> Any:
         ran.plans.append(plan)
-        compiled = plain(normal, plan)
+        compiled = plain(normal, plan, options)
 
         def run(*args: Any) -> Any:
             with _Count(ran.calls):

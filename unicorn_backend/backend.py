@@ -1,4 +1,4 @@
-"""The torch.compile backend: normalise, match, rewrite, describe, run.
+"""The torch.compile backend: normalise, match, rewrite, describe, place, run.
 
 Registered under the name "unicorn" by the entry point group `torch_dynamo_backends`, so
 `torch.compile(model, backend="unicorn")` needs no import of this package.
@@ -23,6 +23,7 @@ from unicorn_backend.graph.pattern import Reason
 from unicorn_backend.graph.rewrite import rewrite
 from unicorn_backend.integration import compile_cache, prepare, torch_hooks
 from unicorn_backend.options import Options
+from unicorn_backend.partition.place import place
 from unicorn_backend.plan import Left, Plan
 
 log = logging.getLogger(__name__)
@@ -57,32 +58,41 @@ def unicorn(
     placeholders = [node for node in normal.graph.nodes if node.op == "placeholder"]
     names = dict(zip(placeholders, parameter_names(gm), strict=True))
     plan = describe(normal, names, taken.reasons, next(_numbers))
-    _report(plan, parsed)
     compile_cache.graph_made(normal, plan)
-    return finish(normal, plan)
+    return finish(normal, plan, parsed)
 
 
 def load(normal: GraphModule, plan: Plan, options: Options) -> Callable[..., Any]:
     """The same end for a graph that the compile cache kept."""
     plan.graph = next(_numbers)
-    _report(plan, options)
-    return finish(normal, plan)
+    return finish(normal, plan, options)
 
 
-def finish(normal: GraphModule, plan: Plan) -> Callable[..., Any]:
+def finish(normal: GraphModule, plan: Plan, options: Options) -> Callable[..., Any]:
     """The callable that Dynamo will run for `plan`: a native program, or the graph's own generated Python.
 
-    `normal` may come from the compile cache: its nodes have no `meta` then.
+    `normal` is not changed: the compile cache keeps it, without devices. It may come from there: no `meta` then.
 
     Why not Inductor for what is left beside our ops: it needed 76-189 s for one decode graph of a stock
     26-layer model on two cores, and what is left is about 8 small torch ops per layer at 1-3 us each.
     """
-    lowered = lower(normal)
-    if not isinstance(lowered, str):
-        return lowered
-    log.info("graph %d runs as generated Python: %s", plan.graph, lowered)
-    run: Callable[..., Any] = normal.forward
-    return run
+    graph, sites = place(normal, plan, options)
+    _report(plan, options)
+    lowered = lower(graph)
+    run: Callable[..., Any] = graph.forward if isinstance(lowered, str) else lowered
+    if isinstance(lowered, str):
+        log.info("graph %d runs as generated Python: %s", plan.graph, lowered)
+    return _keeping(sites, run) if sites else run
+
+
+def _keeping(sites: Sequence[Any], run: Callable[..., Any]) -> Callable[..., Any]:
+    """`run`, with what it calls by number kept alive as long as it is."""
+
+    def kept(*inputs: Any) -> Any:
+        return run(*inputs)
+
+    kept._sites = sites  # type: ignore[attr-defined]
+    return kept
 
 
 def reset() -> None:
@@ -121,8 +131,8 @@ def _report(plan: Plan, options: Options) -> None:
     log.info("%s", plan.summary())
     for left in plan.left:
         log.debug("left to plain torch: %s at %s: %s", left.kind, left.where, left.reason)
-    if wanted := [device for device in options.devices if device != "cpu"]:
-        log.warning("device %s has no runtime in this version: everything is placed on the cpu", ", ".join(wanted))
+    for reason in sorted({step.reason for step in plan.steps if step.device == "cpu" and step.reason}):
+        log.warning("graph %d: on the cpu: %s", plan.graph, reason)
     prepare.remember_plan(plan)
     if options.strict and plan.left:
         lines = "\n".join(f"  {left.kind} at {left.where}: {left.reason}" for left in plan.left)

@@ -35,7 +35,7 @@ class Explanation:
     def __str__(self) -> str:
         lines = [f"{self.model}: {len(self.plans)} compiled graph(s)" + (f" ({self.note})" if self.note else "")]
         for plan in self.plans:
-            lines += ["", plan.summary(), *_table(plan.steps), *_left(plan)]
+            lines += ["", plan.summary(), *_table(plan.steps), *_devices(plan), *_left(plan)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -101,6 +101,12 @@ def _table(steps: Iterable[Step]) -> list[str]:
     rows: list[tuple[str, ...]] = [("region", "op", "device", "scheme", "MB/call", "count", "first at")]
     rows += [(*key, str(number), first[key]) for key, number in folded.items()]
     return _align(rows)
+
+
+def _devices(plan: Plan) -> list[str]:
+    """Why regions are where they are, where there was a choice."""
+    folded: Counter[tuple[str, str, str]] = Counter((s.kind, s.device, s.reason) for s in plan.steps if s.reason)
+    return [f"  {kind} x{number} on {device}: {reason}" for (kind, device, reason), number in folded.items()]
 
 
 def _left(plan: Plan) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from unicorn_backend.errors import OptionError
 
-DEVICES = ("cpu", "vulkan", "npu")
+DEVICES = ("cpu", "vulkan", "npu", "null")  # null: for tests, records calls
 POLICIES = ("speed", "power", "fixed")
 
 
@@ -36,7 +36,8 @@ class Options:
 
     recipe: name of a quantization recipe (`unicorn_backend.recipes()` lists them), or None: the
         `default` recipe for language models, nothing for any other module.
-    devices: devices that may be used, in order of preference; the CPU is always there.
+    devices: devices that may be used. A region goes to the first of them beside "cpu" that takes it, all the rest
+        to the CPU, which is always there. "vulkan:1", "vulkan:780M" and "vulkan:<UUID>" name one of several.
     policy: what placement optimises.
     strict: raise `StrictModeError` where something would be left to plain torch with a reason.
     keep_weights: keep the original float weights, so that `unicorn_backend.restore(model)` can
@@ -59,7 +60,7 @@ class Options:
                 f"option 'recipe': got {self.recipe!r}, allowed are None, {', '.join(map(repr, recipes()))}"
             )
         object.__setattr__(self, "devices", (self.devices,) if isinstance(self.devices, str) else tuple(self.devices))
-        if unknown := [d for d in self.devices if d not in DEVICES]:
+        if unknown := [d for d in self.devices if not isinstance(d, str) or d.partition(":")[0] not in DEVICES]:
             raise OptionError(f"option 'devices': got {unknown[0]!r}, allowed are {', '.join(DEVICES)}")
         if self.policy not in POLICIES:
             raise OptionError(f"option 'policy': got {self.policy!r}, allowed are {', '.join(POLICIES)}")

@@ -16,10 +16,10 @@ class Step:
     kind: str  # "attention", "qkv", "ffn", "linear", "embedding", "norm"
     where: str  # module path its weights came from ("model.layers.0.mlp"), or the node's name
     op: str  # "unicorn::int4_ffn"
-    device: str  # "cpu"
+    device: str  # "cpu", or as options name it
     schemes: tuple[str, ...]  # of its weights, in the order of the op's arguments
     weight_bytes: int  # packed bytes that one call reads
-    reason: str = ""  # why this device
+    reason: str = ""  # why this device: its chip and driver, or why the CPU; "" where there was no choice
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class Plan:
         """One line for the log."""
         kinds = Counter(step.kind for step in self.steps)
         taken = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items())) or "nothing"
+        elsewhere = Counter(step.device for step in self.steps if step.device != "cpu")
+        taken += "".join(f", {count} of them on {device}" for device, count in sorted(elsewhere.items()))
         torch_ops = sum(self.torch_ops.values())
         return (
             f"graph {self.graph} (tokens {self.tokens}): {taken}; {self.weight_bytes / 1e6:.1f} MB of weights per "

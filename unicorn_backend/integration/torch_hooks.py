@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 RECOMPILE_LIMIT = 64
 
 _MARK = "_unicorn_installed"
+_OWNER = "_unicorn_context"  # on a compiled call: the context that generate() compiled it with
 
 
 def install() -> None:
@@ -126,7 +127,11 @@ def _generate(self: Any) -> Any:
     """`OptimizedModule.generate`: the original's, with its forward calls compiled if the backend is ours."""
     original: torch.nn.Module = self._orig_mod
     generate = getattr(original, "generate")  # noqa: B009  (AttributeError for modules that have none)
-    if options_of(self.dynamo_ctx) is not None and original._compiled_call_impl is None:
+    compiled = original._compiled_call_impl  # ours from another torch.compile, maybe with other options, or the user's
+    if options_of(self.dynamo_ctx) is not None and getattr(compiled, _OWNER, None) is not self.dynamo_ctx:
+        if compiled is not None and not hasattr(compiled, _OWNER):
+            return generate
         original._compiled_call_impl = self.dynamo_ctx(original._call_impl)
+        setattr(original._compiled_call_impl, _OWNER, self.dynamo_ctx)
         log.info("generate() of the compiled %s runs compiled", type(original).__name__)
     return generate

@@ -1,0 +1,192 @@
+"""Placement: which region runs where and why, what the plan shows, and that the compile cache keeps no device."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import unicorn_backend
+from tests.test_compile_cache import make  # the embedded model cut to two layers
+from unicorn_backend import runtime
+from unicorn_backend.errors import OptionError
+from unicorn_backend.integration import compile_cache
+from unicorn_backend.runtime import placed
+from unicorn_backend.runtime.device import Work
+from unicorn_backend.runtime.null import NullDevice
+
+NEW = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
+LAYERS = 2
+REGIONS = 3 * LAYERS + 1  # attention, qkv and feed-forward of each, and the head
+
+
+X = torch.randn(3, 64)
+
+
+class Gated(nn.Module):
+    """One feed-forward; `fused`: gate and up in one projection, as in Phi-3."""
+
+    def __init__(self, fused: bool = False) -> None:
+        super().__init__()
+        self.gate_up = nn.ModuleList(nn.Linear(64, 256 if fused else 128, bias=False) for _ in range(2 - fused))
+        self.down = nn.Linear(128, 64, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = self.gate_up[0](x).chunk(2, -1) if len(self.gate_up) == 1 else [p(x) for p in self.gate_up]
+        y: torch.Tensor = self.down(nn.functional.silu(gate) * up)
+        return y
+
+
+@pytest.fixture
+def model() -> Any:
+    return make()
+
+
+@pytest.fixture(scope="module")
+def want(sample_ids: torch.Tensor) -> list[int]:
+    """What the CPU alone generates."""
+    return tokens(make(), sample_ids[:, :9])
+
+
+@pytest.fixture
+def null() -> Iterator[NullDevice]:
+    """The null device that the next compile will open."""
+    runtime.close_devices()
+    device = runtime.open_device("null")
+    assert isinstance(device, NullDevice)
+    yield device
+    runtime.close_devices()
+
+
+def tokens(model: Any, ids: torch.Tensor, **options: Any) -> list[int]:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="unicorn", options=options)
+    return [int(t) for t in compiled.generate(ids, attention_mask=torch.ones_like(ids), **NEW)[0]]
+
+
+def placement(model: Any) -> set[tuple[str, str, str]]:
+    return {(s.kind, s.device, s.reason) for plan in unicorn_backend.explain(model).plans for s in plan.steps}
+
+
+def test_every_region_runs_where_it_is_placed(
+    model: Any, want: list[int], sample_ids: torch.Tensor, null: NullDevice
+) -> None:
+    ids = sample_ids[:, :9]
+    assert tokens(model, ids, devices=["cpu", "null"]) == want
+    assert {kind: device for kind, device, _ in placement(model)} == {
+        **dict.fromkeys(("qkv", "attention", "ffn", "linear"), "null"),
+        **dict.fromkeys(("embedding", "norm"), "cpu"),
+    }
+    assert ("ffn", "null", null.label) in placement(model)
+    forwards = NEW["max_new_tokens"]  # a prefill and the decode steps after it
+    ran = [call[1] for call in null.calls if call[0] == "run"]
+    assert {op: ran.count(op) for op in set(ran)} == {
+        "int8_qkv": LAYERS * forwards,
+        "int8_attention": LAYERS * forwards,
+        "int4_ffn": LAYERS * forwards,
+        "linear": forwards,
+    }
+    text = str(unicorn_backend.explain(model))
+    assert f"{REGIONS} of them on null" in text and f"ffn x{LAYERS} on null: {null.label}" in text
+
+    assert len(placed._sites) == 2 * REGIONS
+    torch._dynamo.reset()
+    gc.collect()
+    assert len(placed._sites) == 0, "sites go with their graphs"
+
+
+def test_what_a_device_refuses_stays_on_the_cpu_with_its_reason(
+    model: Any,
+    want: list[int],
+    sample_ids: torch.Tensor,
+    null: NullDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
+) -> None:
+    seen: list[Work] = []
+
+    def refuses(work: Work) -> str:
+        seen.append(work)
+        return "" if work.op_name == "int4_ffn" else f"it takes no {work.step.kind}"
+
+    monkeypatch.setattr(Work, "op_name", property(lambda work: work.step.op.split("::")[1]), raising=False)
+    monkeypatch.setattr(null, "refuses", refuses)
+    assert tokens(model, sample_ids[:, :9], devices="null") == want
+    shown = placement(model)
+    assert ("qkv", "cpu", "null: it takes no qkv") in shown and ("ffn", "null", null.label) in shown
+    assert "on the cpu: null: it takes no linear" in caplog.text
+    ffn = next(work for work in seen if work.step.kind == "ffn")
+    assert ffn.whole and ffn.constants["act"] == "gelu_tanh" and ffn.constants["f"] == 1024
+    assert ffn.constants["bias"] == [] and "x" not in ffn.constants and "wg" not in ffn.constants
+    assert {work.tokens for work in seen} == {"dynamic", "1"}
+
+
+def test_a_device_that_is_lost_on_the_way_leaves_the_right_tokens(
+    model: Any,
+    want: list[int],
+    sample_ids: torch.Tensor,
+    null: NullDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: Any,
+) -> None:
+    plain = null.region
+
+    def region(op: str, arguments: Any) -> Any:
+        if len(null.calls) > 40:
+            null.lost = "the device is lost"
+        return plain(op, arguments)
+
+    ids = sample_ids[:, :9]
+    monkeypatch.setattr(null, "region", region)
+    assert tokens(model, ids, devices=["null"]) == want
+    assert any(call[0] == "run" for call in null.calls)
+    assert ("ffn", "cpu", "null: the device is lost") in placement(model)
+    assert "ffn at model.layers.0.mlp goes back to the cpu: null: the device is lost" in caplog.text
+
+
+def test_a_device_without_a_runtime_is_a_reason_not_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: Any, null: NullDevice
+) -> None:
+    monkeypatch.setattr(runtime, "_open", lambda kind, selector: f"no {kind} here")
+    module = Gated().eval()
+    with torch.no_grad():
+        torch.compile(module, backend="unicorn", options={"recipe": "default", "devices": ["cpu", "npu"]})(X)
+    assert placement(module) == {("ffn", "cpu", "npu: no npu here")}
+    assert "on the cpu: npu: no npu here" in caplog.text
+    assert "ffn x1 on cpu: npu: no npu here" in str(unicorn_backend.explain(module))
+
+
+def test_the_compile_cache_keeps_the_graph_without_devices(
+    sample_ids: torch.Tensor,
+    monkeypatch: pytest.MonkeyPatch,
+    null: NullDevice,
+    tmp_path: Any,
+) -> None:
+    monkeypatch.setenv("UNICORN_CACHE", "1")
+    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path))
+    dumped: list[Any] = []
+    plain = compile_cache.graph_file.dump
+    monkeypatch.setattr(compile_cache.graph_file, "dump", lambda gm: dumped.append(plain(gm)) or dumped[-1])
+    tokens(make(), sample_ids[:, :9], devices=["null"])
+    targets = {
+        target[2] for data in dumped for op, _, target, *_ in data["nodes"] if op == "call_function" and len(target) > 2
+    }
+    assert len(dumped) == 2 and "int4_ffn" in targets and not any(t.startswith("placed") for t in targets)
+
+
+def test_a_row_range_of_a_packed_weight_is_seen(null: NullDevice) -> None:
+    module = Gated(fused=True).eval()
+    with torch.no_grad():
+        torch.compile(module, backend="unicorn", options={"recipe": "default", "devices": ["null"]})(X)
+    ((kind, device, reason),) = placement(module)
+    assert (kind, device) == ("ffn", "cpu") and "row ranges" in reason
+
+
+@pytest.mark.parametrize("devices", ["gpu", ["vulkann:0"], [3]])
+def test_devices_that_do_not_exist(devices: Any) -> None:
+    with pytest.raises(OptionError, match=r"'devices': got .*allowed are cpu, vulkan, npu"):
+        torch.compile(nn.Linear(2, 2), backend="unicorn", options={"devices": devices})

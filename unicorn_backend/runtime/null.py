@@ -1,0 +1,44 @@
+"""A device for tests: takes every region, records what is asked of it, and computes with the CPU's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from unicorn_backend.runtime.device import Memory, Work
+
+
+class NullDevice:
+    def __init__(self, selector: str) -> None:
+        self.name = f"null:{selector}" if selector else "null"
+        self.label = "no device: calls are recorded and run on the CPU"
+        self.calls: list[tuple[str, ...]] = []
+        self.lost = ""  # set it to a reason, and regions give it as their answer
+
+    def refuses(self, work: Work) -> str:
+        self.calls.append(("refuses", work.step.kind, work.step.where))
+        return "" if work.whole else "its weights are row ranges of one packed weight"
+
+    def region(self, op: str, arguments: Sequence[Any]) -> _Region | str:
+        return self.lost or _Region(self, op)
+
+    def memory(self) -> Memory:
+        return Memory(0, 0, 0)
+
+    def close(self) -> None:
+        self.calls.append(("close",))
+
+
+class _Region:
+    def __init__(self, device: NullDevice, op: str) -> None:
+        self._device, self._op = device, op
+
+    def run(self, arguments: Sequence[Any]) -> Any:
+        self._device.calls.append(("run", self._op))
+        return getattr(torch.ops.unicorn, self._op)(*arguments)
+
+
+def open_device(selector: str) -> NullDevice:
+    return NullDevice(selector)

@@ -1,0 +1,79 @@
+"""The ops that a placed graph calls: `unicorn::placed_<op>`, with the op's arguments and the number of a `Site`.
+
+They go through torch's dispatcher, so that the native program (`ops/program.cpp`) runs a placed graph as any other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from unicorn_backend.ops import LIBRARY
+from unicorn_backend.plan import Plan
+from unicorn_backend.runtime.device import Device
+
+log = logging.getLogger(__name__)
+
+OPS = ("int4_ffn", "int8_attention", "int8_qkv", "linear")
+
+_numbers = itertools.count(1)
+_sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
+
+
+class Site:
+    """One placed call in one compiled graph; it lives as long as the graph's callable holds it.
+
+    What it decides at run time it writes into the graph's plan, where `explain` reads it.
+    """
+
+    def __init__(self, op: str, device: Device, plan: Plan, index: int) -> None:
+        self.number = next(_numbers)
+        self._op = op
+        self._cpu: Callable[..., Any] = getattr(torch.ops.unicorn, op).default
+        self._device: Device | None = device
+        self._plan, self._index = plan, index
+        self._lock = threading.Lock()
+        _sites[self.number] = self
+
+    def __call__(self, arguments: tuple[Any, ...]) -> Any:
+        device = self._device
+        if device is not None:
+            region = device.region(self._op, arguments)
+            result = region if isinstance(region, str) else region.run(arguments)
+            if not isinstance(result, str):
+                return result
+            self._leave(device, result)
+        return self._cpu(*arguments)
+
+    def _leave(self, device: Device, reason: str) -> None:
+        """From now on on the CPU, said once and shown in the plan."""
+        with self._lock:
+            if self._device is None:
+                return
+            self._device = None
+        step = self._plan.steps[self._index]
+        self._plan.steps[self._index] = dataclasses.replace(step, device="cpu", reason=f"{device.name}: {reason}")
+        log.warning("%s at %s goes back to the cpu: %s: %s", step.kind, step.where, device.name, reason)
+
+
+def placed_op(op: str) -> Any:
+    """The overload that stands for `op` in a placed graph."""
+    return getattr(torch.ops.unicorn, f"placed_{op}").default
+
+
+def _define(op: str) -> None:
+    schema = str(getattr(torch.ops.unicorn, op).default._schema).removeprefix("unicorn::")
+    arguments, _, returns = schema.partition(") -> ")
+    LIBRARY.define(f"placed_{arguments}, int site) -> {returns}")
+    LIBRARY.impl(f"placed_{op}", lambda *arguments: _sites[arguments[-1]](arguments[:-1]), "CPU")
+
+
+for _op in OPS:
+    _define(_op)
