@@ -1,4 +1,4 @@
-"""The NPU of AMD laptops through XRT. So far: what its kernels compute (`arithmetic`), and how they are built (`designs`)."""
+"""The NPU of AMD laptops through XRT. So far: what its kernels compute and how they are built."""
 
 
 def open_device(selector: str) -> str:
