@@ -30,6 +30,11 @@ def cache_folder() -> Path | None:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unicorn_backend"
 
 
+def vulkan_drivers_are_chosen() -> bool:
+    """VK_DRIVER_FILES and VK_ICD_FILENAMES are the Vulkan loader's: whoever sets one names the drivers to use."""
+    return bool(os.environ.get("VK_DRIVER_FILES") or os.environ.get("VK_ICD_FILENAMES"))
+
+
 @dataclass(frozen=True)
 class Options:
     """`torch.compile(model, backend="unicorn", options={...})`.

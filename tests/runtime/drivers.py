@@ -1,0 +1,59 @@
+"""The software Vulkan drivers that tests run on, and what is missing where there is none.
+
+Both are programs on the CPU: they show that results are right, never how fast a GPU is.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DRIVERS = {  # name of the device -> where its driver's description may be, and what to install
+    "llvmpipe": (["/usr/share/vulkan/icd.d/lvp_icd.x86_64.json"], "apt install mesa-vulkan-drivers"),
+    "SwiftShader": (
+        [
+            str(ROOT / "build/swiftshader/usr/lib/chromium/vk_swiftshader_icd.json"),
+            "/usr/lib/chromium/vk_swiftshader_icd.json",
+        ],
+        "apt-get download chromium-common && dpkg -x chromium-common*.deb build/swiftshader",
+    ),
+}
+
+
+def description(name: str) -> str:
+    """Path of a driver's description; skips the test where there is none."""
+    paths, install = DRIVERS[name]
+    found = next((path for path in paths if Path(path).is_file()), None)
+    if found is None:
+        pytest.skip(f"no {name} driver ({install})")
+    return found
+
+
+def environment(name: str) -> dict[str, str]:
+    """For a process of its own that sees nothing but this driver."""
+    return {**os.environ, "VK_ICD_FILENAMES": description(name), "VK_DRIVER_FILES": ""}
+
+
+def pin_drivers() -> None:
+    """Make this process see the software drivers and no others: stray drivers break enumeration."""
+    found = [path for paths, _ in DRIVERS.values() for path in paths[:] if Path(path).is_file()]
+    os.environ["VK_ICD_FILENAMES"] = ":".join(dict.fromkeys(found)) or "/nonexistent"
+    os.environ.pop("VK_DRIVER_FILES", None)
+
+
+def physical(name: str) -> Any:
+    """The driver's device in this process."""
+    pytest.importorskip(
+        "vulkan", reason="no Python package 'vulkan' (pip install vulkan)", exc_type=(ImportError, OSError)
+    )
+    description(name)
+    pin_drivers()
+    from unicorn_backend.runtime.vulkan.physical import choose, devices
+
+    found = choose(devices(), name)
+    assert not isinstance(found, str), found
+    return found

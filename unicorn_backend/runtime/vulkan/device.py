@@ -1,0 +1,219 @@
+"""The Vulkan device as the rest of the package sees it: regions by their weights, memory, failure."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from unicorn_backend.runtime.device import Memory, Work
+from unicorn_backend.runtime.vulkan import ffn, variants
+from unicorn_backend.runtime.vulkan.api import DEVICE_LOST, VulkanError
+from unicorn_backend.runtime.vulkan.logical import LogicalDevice, Recorded
+from unicorn_backend.runtime.vulkan.physical import PhysicalDevice
+from unicorn_backend.runtime.vulkan.self_test import compare_with_cpu
+from unicorn_backend.table import size
+
+log = logging.getLogger(__name__)
+
+RESERVE = 64 << 20  # bytes of the budget that are left to the desktop
+_all: weakref.WeakSet[VulkanDevice] = weakref.WeakSet()
+
+
+class VulkanDevice:
+    """See `runtime/device.py`. `variant` and `placing` override what the device's features choose, for tests."""
+
+    def __init__(self, name: str, physical: PhysicalDevice, variant: str = "", placing: str = "") -> None:
+        self.name, self.label, self.physical = name, physical.label, physical
+        chosen = variants.choose(physical.features)
+        self.variant = next((v for v in variants.VARIANTS if v.name == variant), chosen)
+        self.lost = ""  # why no region runs any more
+        self._placing = placing
+        self._device = LogicalDevice(physical)
+        self._device.open_queue()
+        self._lock = threading.Lock()
+        self._regions: dict[int, FfnRegion] = {}  # by id of the first packed weight
+        self._kernels: dict[ffn.Shape, ffn.Kernels] = {}
+        self._dead: list[FfnRegion] = []
+        _all.add(self)
+        log.info("%s: %s; variants:\n%s", name, self.label, variants.explain_choice(physical.features))
+
+    # ---- the protocol ------------------------------------------------------------------------------------------
+
+    def refuses(self, work: Work) -> str:
+        constants = work.constants
+        if work.step.kind != "ffn":
+            return f"no shader for {work.step.kind}"
+        if set(work.step.schemes) != {"w4g32"}:
+            return f"weights are {', '.join(sorted(set(work.step.schemes)))}, the shaders take w4g32"
+        if not work.whole:
+            return "its weights are row ranges of one packed weight"
+        return self.lost or ("" if constants.get("bias") == [] else "no shader for biases")
+
+    def region(self, op: str, arguments: Sequence[Any]) -> FfnRegion | str:
+        if self.lost:
+            return self.lost
+        call = ffn.Call(*arguments)
+        first = call.wg[0]
+        region = self._regions.get(id(first))
+        if region is not None and region.fits(call):
+            return region
+        return call.refusal() or self._prepare(call)
+
+    def memory(self) -> Memory:
+        with self._lock:
+            self._bury()
+            return Memory(self._device.used, self._device.shared, self._device.free_bytes())
+
+    def close(self) -> None:
+        """Regions and buffers first; a lost device is left to the end of the process."""
+        with self._lock:
+            lost, self.lost = self.lost, self.lost or "the device was closed"
+            if lost:
+                return
+            for region in (*self._regions.values(), *self._dead):
+                region.free()
+            for kernels in self._kernels.values():
+                kernels.free()
+            self._regions.clear()
+            self._dead.clear()
+            self._kernels.clear()
+            self._device.close()
+
+    # ---- inside ------------------------------------------------------------------------------------------------
+
+    def self_test(self) -> str:
+        """Why the device must not be used: other results than the CPU's; "" if they agree."""
+        found = compare_with_cpu(self)
+        with self._lock:
+            self._bury()
+            for kernels in self._kernels.values() if not self.lost else ():
+                kernels.free()
+            self._kernels.clear()
+        return found
+
+    def kernels(self, shape: ffn.Shape) -> ffn.Kernels:
+        if shape not in self._kernels:
+            self._kernels[shape] = ffn.Kernels(self._device, self.variant, shape)
+        return self._kernels[shape]
+
+    def run(self, region: FfnRegion, call: ffn.Call) -> Tensor | str:
+        with self._lock:
+            self._bury()
+            if self.lost:
+                return self.lost
+            try:
+                kernels = self.kernels(call.shape)
+                result = ffn.run(self._device, kernels, lambda tokens: region.recorded(kernels, tokens), call)
+                self._device.save_pipelines()
+                return result
+            except (VulkanError, TimeoutError) as error:
+                return self._failed(error)
+
+    def bury(self, region: FfnRegion) -> None:
+        """The region's weights are gone. May be called from anywhere, also in the middle of a run."""
+        self._dead.append(region)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._bury()
+            finally:
+                self._lock.release()
+
+    def _bury(self) -> None:
+        while self._dead:
+            region = self._dead.pop()
+            for key, other in list(self._regions.items()):
+                if other is region:
+                    del self._regions[key]
+            if not self.lost:
+                region.free()
+
+    def _prepare(self, call: ffn.Call) -> FfnRegion | str:
+        with self._lock:
+            self._bury()
+            if (old := self._regions.pop(id(call.wg[0]), None)) is not None:
+                old.free()
+            placing = self._placing or self._place(call.weights)
+            needed = sum(w.nbytes for w in call.weights) + ffn.Kernels.bytes(call.shape) * (
+                call.shape not in self._kernels
+            )
+            free = self._device.free_bytes()
+            if needed + RESERVE > free:
+                return f"out of memory: it needs {size(needed)} and leaves {size(RESERVE)}, {size(free)} are free"
+            try:
+                region = FfnRegion(self, ffn.Weights(self._device, call, placing), call)
+            except VulkanError as error:
+                return self._failed(error)
+            self._regions[id(call.wg[0])] = region
+            return region
+
+    def _place(self, weights: Sequence[Tensor]) -> str:
+        if self.physical.kind == "discrete":
+            return "staged"
+        return "shared" if ffn.can_share(weights, self.physical.features.import_alignment) else "mapped"
+
+    def _failed(self, error: Exception) -> str:
+        """The reason for this call; device loss and silence are final for the device."""
+        if isinstance(error, TimeoutError) or (isinstance(error, VulkanError) and error.code == DEVICE_LOST):
+            self.lost = f"the device is lost ({error})"
+            return self.lost
+        return str(error)
+
+
+class FfnRegion:
+    """One feed-forward with its weights on the device, and its command buffers."""
+
+    def __init__(self, device: VulkanDevice, weights: ffn.Weights, call: ffn.Call) -> None:
+        self._device, self._weights = device, weights
+        self._recorded: dict[tuple[ffn.Shape, int], Recorded] = {}
+        self._tensors = [weakref.ref(t) for t in _tensors(call)]
+        self._versions = [_version(t) for t in _tensors(call)]
+        self._watch = weakref.finalize(call.wg[0], VulkanDevice.bury, device, self)
+        self._watch.atexit = False
+
+    def fits(self, call: ffn.Call) -> bool:
+        """True if these are the tensors that were uploaded, unchanged."""
+        tensors = _tensors(call)
+        same = len(tensors) == len(self._tensors) and all(
+            ref() is t for ref, t in zip(self._tensors, tensors, strict=True)
+        )
+        return same and self._versions == [_version(t) for t in tensors]
+
+    def run(self, arguments: Sequence[Any]) -> Tensor | str:
+        call = ffn.Call(*arguments)
+        return call.refusal() or self._device.run(self, call)
+
+    def recorded(self, kernels: ffn.Kernels, tokens: int) -> Recorded:
+        key = (kernels.shape, tokens)
+        if key not in self._recorded:
+            self._recorded[key] = kernels.record(self._weights, tokens)
+        return self._recorded[key]
+
+    def free(self) -> None:
+        self._watch.detach()
+        for recorded in self._recorded.values():
+            self._device._device.forget(recorded)
+        self._recorded.clear()
+        self._weights.free()
+
+
+def _tensors(call: ffn.Call) -> list[Tensor]:
+    return [*call.weights, *(w for w in (call.norm_w, call.post_w) if w is not None)]
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _after_fork() -> None:
+    for device in _all:
+        device.lost = "this process was forked after the device was opened"
+        device._lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork)
