@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +16,19 @@ import torch
 from typer.testing import CliRunner
 
 from unicorn_backend import __main__ as cli
-from unicorn_backend import bench, measure, models, table
-from unicorn_backend.errors import OptionError, UnicornError
+from unicorn_backend import bench, doctor, hub, measure, models, table
+from unicorn_backend.errors import CheckpointError, OptionError, UnicornError
 
-COMMANDS = ("demo", "run", "quantize", "verify", "eval", "explain", "bench")
+COMMANDS = ("demo", "run", "chat", "doctor", "download", "quantize", "verify", "eval", "explain", "bench")
+
+
+@pytest.fixture(autouse=True)
+def compile_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for a user, who compiles once: one folder for all tests of this file."""
+    folder = tmp_path_factory.getbasetemp() / "compile-cache"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    monkeypatch.setenv("UNICORN_CACHE", "1")
+    monkeypatch.setenv("UNICORN_CACHE_DIR", str(folder))
 
 
 def call(*args: str) -> str:
@@ -43,6 +53,99 @@ def test_run_continues_the_prompt() -> None:
 
 def test_run_streams_the_prompt_and_its_continuation() -> None:
     assert call("run", "The film is a", "-n", "4").lstrip().startswith("The film is a")
+
+
+def test_run_speculates_to_the_same_text() -> None:
+    plain, fast = (call_json("run", "The film is a", "-n", "60", *extra) for extra in ((), ("--speculate",)))
+    assert fast["text"] == plain["text"] and fast["accepted"] > 0
+    assert fast["model_calls"] < plain["model_calls"] == 60
+
+
+def test_run_as_a_chat_ends_with_the_turn() -> None:
+    out = call_json("run", "Hello", "--chat", "-n", "40")
+    assert "<end_of_turn>" not in out["text"] and out["finish"] in ("stop", "length")
+
+
+def test_chat_from_a_pipe(tmp_path: Path) -> None:
+    saved = tmp_path / "chat.json"
+    script = [
+        "Hello",
+        "And then?",
+        "/undo",
+        "/set temperature=x",
+        "/set max_new_tokens=3",
+        "/retry",
+        "/stats",
+        "/nonsense",
+        f"/save {saved}",
+        f"/save {tmp_path}",
+        f"/load {saved}",
+        "/help",
+        "/clear",
+        "/retry",
+        "/exit",
+    ]
+    result = CliRunner().invoke(cli.app, ["chat", "-n", "8", "--seed", "1"], "\n".join(script), catch_exceptions=False)
+    out = result.output
+    assert result.exit_code == 0, out
+    for expected in ("tok/s", "reused", "forgotten", "error: /set: got 'x'", "max_new_tokens=3", "conversations kept"):
+        assert expected in out, (expected, out)
+    for expected in ("unknown command /nonsense", "2 messages in", "2 messages from", "error: /save", "no question"):
+        assert expected in out.replace("\n", " "), (expected, out)
+    assert [m["role"] for m in json.loads(saved.read_text())] == ["user", "assistant"]
+
+
+def test_doctor_passes_here_and_prints_json() -> None:
+    result = call_json("doctor")
+    checks = {check["name"]: check for check in result["checks"]}
+    assert result["ok"] and checks["native library"]["status"] == "ok"
+    assert "GB/s" in checks["bandwidth"]["found"] and {"vulkan", "npu", "huge pages", "compile cache"} <= checks.keys()
+    assert all(check["fix"] for check in checks.values() if check["status"] in ("warn", "fail"))
+    assert "ready" in call("doctor")
+
+
+def test_doctor_fails_with_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "_product_error", lambda: (1.0, 1e-6))
+    monkeypatch.setattr("sys.argv", ["unicorn", "doctor"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 1
+    assert "wrong result" in doctor.check_native().found and doctor.check_native().fix
+
+
+def test_doctor_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "_pci_npu", lambda: "XDNA 1")
+    npu = doctor.check_npu()
+    assert npu.status == "warn" and "modprobe amdxdna" in npu.fix
+    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path / "cache"))
+    (tmp_path / "cache").mkdir(mode=0o755)
+    assert "chmod 700" in doctor.check_cache().fix
+    monkeypatch.setitem(doctor.TESTED, "torch", "9.9")
+    assert doctor.check_version("torch").status == "warn"
+
+
+def test_download_lists_then_fetches(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = [SimpleNamespace(file_size=size, will_download=size > 10) for size in (5, 1000)]
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub, "snapshot_download", lambda *_, dry_run=False, **__: files if dry_run else "/models/x")
+    assert call_json("download", "a/b", "--dry-run")["folder"] == ""
+    out = call_json("download", "a/b")
+    assert (out["folder"], out["files"], out["bytes"], out["fetched_bytes"]) == ("/models/x", 2, 1005, 1000)
+
+
+def test_download_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+        hub.download("google/gemma-3-1b-it")
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(CheckpointError, match="not a hub id"):
+        hub.download("not/a/hub/id")
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(hub, "snapshot_download", full)
+    with pytest.raises(CheckpointError, match=r"No space left.*kept: run it again"):
+        hub.download("a/b")
 
 
 def test_sampling_repeats_with_its_seed() -> None:

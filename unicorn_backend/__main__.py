@@ -14,14 +14,19 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from transformers import TextStreamer
+from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
 import unicorn_backend
 from unicorn_backend import bench as benchmark
+from unicorn_backend import chat as terminal
 from unicorn_backend import demo as demonstration
-from unicorn_backend import models, table
+from unicorn_backend import doctor as examination
+from unicorn_backend import hub, models, table
 from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
+from unicorn_backend.generation.conversation import Conversation
+from unicorn_backend.generation.engine import Engine, Result, Settings
+from unicorn_backend.generation.live import stream_answer
 from unicorn_backend.quantize import evaluate, stream
 from unicorn_backend.quantize import verify as verification
 from unicorn_backend.quantize.quality import WINDOW
@@ -43,6 +48,12 @@ Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Quantization recipe
 MinTop1 = Annotated[
     float, typer.Option("--min-top1", min=0.0, max=1.0, help="Exit with 1 if a smaller share of tokens stays first.")
 ]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="At most so many tokens per answer.")]
+Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")]
+Speculate = Annotated[
+    bool, typer.Option("--speculate", help="Check drafts of repeated text, several tokens per step; same output.")
+]
+Monitor = Annotated[bool, typer.Option("--monitor", help="A live line of tokens/s, GB/s and memory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
@@ -61,32 +72,119 @@ def demo(
 
 @app.command()
 def run(
-    prompt: Annotated[str, typer.Argument(help="Text to continue.")],
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from the standard input.")],
     model: Model = "tiny",
     recipe: Recipe = "default",
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", min=1)] = 128,
-    temperature: Annotated[float, typer.Option("--temperature", "-t", min=0.0, help="0 is greedy.")] = 0.0,
+    max_new_tokens: MaxNewTokens = 128,
+    temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    speculate: Speculate = False,
+    monitor: Monitor = False,
     as_json: AsJson = False,
 ) -> None:
-    """Continue PROMPT; the text appears as it is generated.
+    """Continue PROMPT; the text appears as it is generated, and at the end its speed (on stderr).
 
-    Examples: `unicorn run "The film is a"`, `unicorn run --chat -m google/gemma-3-4b-it "What is a unicorn?"`
+    Examples: `unicorn run "The film is a"`, `unicorn run --chat -m google/gemma-3-4b-it "What is a unicorn?"`,
+    `unicorn run --speculate - < letter.txt`
     """
-    tokenizer = models.load_tokenizer(model)
-    ids = _encode(tokenizer, prompt, chat)
-    compiled: Any = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
-    settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0}
-    if temperature > 0:
-        settings["temperature"] = temperature
-    if not as_json:
-        settings["streamer"] = TextStreamer(tokenizer, skip_prompt=chat, skip_special_tokens=True)
-    torch.manual_seed(seed)
-    output = compiled.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0, ids.shape[1] :]
+    engine = Engine(model, recipe)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if chat:
+        ids = engine.encode_rendered(engine.render([{"role": "user", "content": text}]))
+    else:
+        ids = engine.encode(text)
+    settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate)
+    if chat:
+        settings = engine.for_chat(settings)
     if as_json:
-        text = tokenizer.decode(output, skip_special_tokens=True)
-        typer.echo(json.dumps({"prompt": prompt, "text": text, "tokens": len(output)}))
+        typer.echo(json.dumps({"prompt": prompt, **run_report(engine.generate(ids, settings))}))
+        return
+    if not chat:
+        typer.echo(text, nl=False)
+    console = Console(highlight=False)
+    result = stream_answer(console, lambda **show: engine.generate(ids, settings, **show), engine.meter_line, monitor)
+    typer.echo(engine.summary(result), err=True)
+
+
+def run_report(result: Result) -> dict[str, Any]:
+    """A generation as JSON."""
+    return {
+        "text": result.text,
+        "tokens": len(result.ids),
+        "finish": result.finish,
+        "first_token_s": result.first_token_s,
+        "tokens_per_second": result.tokens_per_second,
+        "model_calls": result.calls,
+        "drafted": result.drafted,
+        "accepted": result.accepted,
+    }
+
+
+@app.command("chat")
+def chat_command(
+    model: Model = "tiny",
+    recipe: Recipe = "default",
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.7,
+    seed: Annotated[int | None, typer.Option(help="Seed of each answer; random without.")] = None,
+    speculate: Speculate = False,
+    monitor: Monitor = False,
+) -> None:
+    """Talk with a model in the terminal. /help lists the commands; Ctrl-C stops an answer.
+
+    A turn computes only its new tokens: those of the turns before are kept. Lines may come from a pipe.
+
+    Examples: `unicorn chat`, `unicorn chat -m google/gemma-3-4b-it --system "Answer in one sentence."`
+    """
+    engine = Engine(model, recipe)
+    settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate)
+    conversation = Conversation(engine, settings)
+    conversation.system(system)
+    console = Console(highlight=False)
+    console.print(f"{engine.name}, context {engine.context} tokens; /help lists the commands", style="dim")
+    terminal.chat(conversation, console, monitor)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check this machine: versions, kernels, CPU, memory and its bandwidth, GPU, NPU, each with its fix.
+
+    Exit code 1 if something fails; what is only slower or unused is a warning.
+
+    Examples: `unicorn doctor`, `unicorn doctor --json`
+    """
+    checks = examination.examine()
+    if as_json:
+        typer.echo(json.dumps(examination.to_json(checks), indent=2))
+    else:
+        Console(highlight=False).print(examination.as_table(checks))
+    if failed := [check.name for check in checks if check.status == "fail"]:
+        raise CheckFailedError(f"not ready: {', '.join(failed)}")
+    if not as_json:
+        typer.echo('ready: try `unicorn run "The film is a"`')
+
+
+@app.command()
+def download(
+    model: Annotated[str, typer.Argument(help="Hub id.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
+    to: Annotated[Path | None, typer.Option(help="Folder to write; the Hugging Face cache without.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list the files and their sizes.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Fetch a model from the Hugging Face hub. An interrupted download goes on where it stopped.
+
+    Only what the model needs is fetched: safetensors, configuration, tokenizer.
+
+    Examples: `unicorn download google/gemma-3-1b-it`, `unicorn download google/gemma-3-4b-it --to gemma --dry-run`
+    """
+    result = hub.download(model, revision, to, dry_run)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(result)))
+    else:
+        typer.echo(str(result))
 
 
 @app.command()
@@ -228,17 +326,6 @@ def bench(
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     typer.echo(json.dumps(result, indent=2) if as_json else benchmark.report(result))
-
-
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    """Token ids [1, T] of a prompt, as plain text or as the user's turn of a chat."""
-    if not chat:
-        ids: torch.Tensor = tokenizer(prompt, return_tensors="pt").input_ids
-        return ids
-    turns = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-    return ids
 
 
 def _rules(texts: list[str]) -> dict[str, str | None]:

@@ -30,3 +30,14 @@ class StrictModeError(UnicornError, RuntimeError):
 
 class CheckFailedError(UnicornError, RuntimeError):
     """A check that the caller asked for has failed: a threshold of quality, or a checksum."""
+
+
+class RequestError(UnicornError, ValueError):
+    """A prompt that cannot be answered: empty, longer than the context, refused by the chat template.
+
+    code: a word for programs, in the terms of the OpenAI API where it has one.
+    """
+
+    def __init__(self, message: str, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.code = code

@@ -1,0 +1,320 @@
+"""`unicorn doctor`: what this machine has, what is missing, and how to fix it.
+
+Each check is a function that returns a `Check`; `CHECKS` lists them in the order in which they are printed.
+`fail` means that the package does not work here; `warn` that it is slower than it could be, or that a device
+stays unused.
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import glob
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import resource
+import shutil
+import stat
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from unicorn_backend import assets, measure, table
+from unicorn_backend.errors import NativeLibraryError, OptionError
+from unicorn_backend.options import cache_folder, forced_isa
+
+TESTED = {"torch": "2.13", "transformers": "5.23"}
+AMD_NPUS = {"0x1502": "XDNA 1 (Phoenix, Hawk Point)", "0x17f0": "XDNA 2 (Strix, Krackan)"}
+NPU_MEMLOCK_BYTES = 64 << 20
+"""XRT pins its buffers; below this it fails with err=-11."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `status` is "ok", "warn", "fail" or "info"; `fix` says what to do about the first two of these."""
+
+    name: str
+    status: str
+    found: str
+    fix: str = ""
+
+
+def check_python() -> Check:
+    return Check("python", "ok", f"{platform.python_version()} in {sys.prefix}")
+
+
+def check_version(package: str) -> Check:
+    tested = TESTED[package]
+    found = importlib.metadata.version(package)
+    if not found.startswith(f"{tested}."):
+        fix = f"tested with {tested}; if something fails: pip install '{package}=={tested}.*'"
+        return Check(package, "warn", found, fix)
+    return Check(package, "ok", found)
+
+
+def check_registration() -> Check:
+    names = {e.name for e in importlib.metadata.entry_points(group="torch_dynamo_backends")}
+    if "unicorn" not in names:
+        fix = "install the package in this environment: pip install --no-build-isolation ."
+        return Check("backend", "fail", "torch.compile does not know the backend 'unicorn'", fix)
+    if os.environ.get("TORCH_DEVICE_BACKEND_AUTOLOAD", "1") == "0":
+        fix = "unset TORCH_DEVICE_BACKEND_AUTOLOAD, or write `import unicorn_backend` before from_pretrained"
+        return Check("backend", "warn", "registered, but saved checkpoints need an import first", fix)
+    return Check("backend", "ok", "registered with torch.compile and transformers")
+
+
+def check_native() -> Check:
+    """Loads the library and compares one product with the plain-torch meaning of it."""
+    try:
+        path = assets.load_native()
+    except NativeLibraryError as error:
+        return Check("native library", "fail", str(error), "pip install --no-build-isolation --force-reinstall .")
+    except OptionError as error:
+        return Check("native library", "fail", str(error), "unset UNICORN_ISA")
+    used = torch.ops.unicorn.set_isa(forced_isa())
+    wrong, bound = _product_error()
+    found = f"{used} of {', '.join(torch.ops.unicorn.isas())}; {path.name}"
+    if not wrong <= bound:
+        fix = "UNICORN_ISA=avx2 (or portable) selects other kernels; please report this with the CPU's name"
+        return Check("native library", "fail", f"{found}; wrong result: error {wrong:.2e}, bound {bound:.2e}", fix)
+    if used == "portable":
+        return Check("native library", "warn", found, "this CPU has neither AVX2 nor AVX-512: expect slow generation")
+    return Check("native library", "ok", f"{found}; agrees with the reference")
+
+
+def _product_error() -> tuple[float, float]:
+    """Largest error of a small INT4 linear, and its bound: fp32 rounding in each of the K / 32 sums."""
+    from unicorn_backend import reference
+    from unicorn_backend.quantize.schemes import quantize_weight
+
+    generator = torch.Generator().manual_seed(0)
+    n, k = 48, 256
+    w = torch.randn(n, k, generator=generator)
+    x = torch.randn(3, k, generator=generator)
+    packed = quantize_weight(w, "w4g32")
+    got = torch.ops.unicorn.linear(x, packed, None, n)
+    bound = float((x.abs() @ w.abs().T).max()) * (k // 32) * 2**-23
+    return float((got - reference.linear(x, packed, None, n)).abs().max()), bound
+
+
+def check_cpu() -> Check:
+    info = measure.provenance()
+    cores = _physical_cores()
+    kinds = _core_kinds()
+    threads = torch.get_num_threads()
+    found = f"{info['cpu']}; {cores} cores, {os.cpu_count()} threads; torch uses {threads}"
+    if len(kinds) > 1:
+        found += "; kinds: " + ", ".join(f"{count} up to {kind}" for kind, count in kinds.items())
+    if threads > cores:
+        return Check("cpu", "warn", found, f"two threads per core share its units: OMP_NUM_THREADS={cores}")
+    return Check("cpu", "ok", found)
+
+
+def _physical_cores() -> int:
+    """Distinct cores among the processors that this process may use."""
+    ids = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        ids.add(siblings.read_text().strip() if siblings.exists() else str(cpu))
+    return len(ids)
+
+
+def _core_kinds() -> Counter[str]:
+    """Processors by their highest clock: a Ryzen AI CPU has full and dense cores."""
+    kinds: Counter[str] = Counter()
+    for path in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cpufreq/cpuinfo_max_freq"):
+        kinds[f"{int(path.read_text()) / 1e6:.1f} GHz"] += 1
+    return kinds
+
+
+def check_clock() -> Check:
+    path = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if not path.exists():
+        return Check("clock", "info", "the system does not tell (a virtual machine?)")
+    profile = Path("/sys/firmware/acpi/platform_profile")
+    found = path.read_text().strip() + (f", profile {profile.read_text().strip()}" if profile.exists() else "")
+    if "low-power" in found:
+        return Check("clock", "warn", found, "powerprofilesctl set performance (or balanced)")
+    return Check("clock", "ok", found)
+
+
+def check_huge_pages() -> Check:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not path.exists():
+        return Check("huge pages", "warn", "not supported by this kernel", "use a kernel with transparent huge pages")
+    mode = path.read_text().split("[")[1].split("]")[0]
+    if mode == "never":
+        return Check("huge pages", "warn", mode, f"echo madvise | sudo tee {path}")
+    return Check("huge pages", "ok", mode)
+
+
+def check_memory() -> Check:
+    values = {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
+    }
+    total, free = values["MemTotal"], values["MemAvailable"]
+    found = f"{table.size(free)} free of {table.size(total)}"
+    if free < 2e9:
+        return Check("memory", "warn", found, "close programs: a 1B model needs about 1 GB, a 4B model 3 GB")
+    return Check("memory", "ok", found)
+
+
+def check_bandwidth() -> Check:
+    gbps = measure.read_bandwidth(256 << 20, passes=3)
+    return Check("bandwidth", "ok", f"{gbps:.1f} GB/s read; the ceiling of tokens/s is this over bytes per token")
+
+
+def check_cache() -> Check:
+    folder = cache_folder()
+    if folder is None:
+        return Check("compile cache", "warn", "off (UNICORN_CACHE=0)", "unset UNICORN_CACHE: each start compiles again")
+    if not folder.exists():
+        parent = next(p for p in folder.parents if p.exists())
+        if not os.access(parent, os.W_OK):
+            return Check(
+                "compile cache", "warn", f"{folder} cannot be made", "set UNICORN_CACHE_DIR to a folder of yours"
+            )
+        return Check("compile cache", "ok", f"{folder} (empty)")
+    about = folder.stat()
+    if about.st_uid != os.getuid() or stat.S_IMODE(about.st_mode) & 0o077:
+        return Check("compile cache", "warn", f"{folder} is open to others, so unused", f"chmod 700 {folder}")
+    files = [p for p in folder.rglob("*") if p.is_file()]
+    return Check(
+        "compile cache", "ok", f"{folder}: {len(files)} files, {table.size(sum(p.stat().st_size for p in files))}"
+    )
+
+
+def check_disk() -> Check:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = next(p for p in (Path(HF_HUB_CACHE), *Path(HF_HUB_CACHE).parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    found = f"{table.size(free)} free at {HF_HUB_CACHE}"
+    if free < 10e9:
+        return Check("disk", "warn", found, "a 4B model in bf16 is 8 GB: free some space, or set HF_HOME elsewhere")
+    return Check("disk", "ok", found)
+
+
+def check_vulkan() -> Check:
+    """The loader, the Python binding and its devices; nothing is run on them."""
+    if ctypes.util.find_library("vulkan") is None:
+        return Check("vulkan", "info", "no loader", "sudo apt install libvulkan1 mesa-vulkan-drivers")
+    nodes = glob.glob("/dev/dri/renderD*")
+    locked = [node for node in nodes if not os.access(node, os.R_OK | os.W_OK)]
+    if locked:
+        return Check(
+            "vulkan", "warn", f"{locked[0]} is not yours to use", "sudo usermod -aG render,video $USER; log in again"
+        )
+    if importlib.util.find_spec("vulkan") is None:
+        found = f"loader present, {len(nodes)} render nodes; devices not listed without the Python binding"
+        return Check("vulkan", "info", found, "pip install vulkan")
+    devices = _vulkan_devices()
+    if isinstance(devices, str):
+        return Check("vulkan", "warn", devices, "sudo apt install mesa-vulkan-drivers")
+    software = all(kind == "cpu" for _, kind in devices)
+    found = ", ".join(f"{name} ({kind})" for name, kind in devices) or "no device"
+    if software:
+        return Check(
+            "vulkan", "info", f"{found}: no GPU", "a software driver computes on the CPU; it is of no use here"
+        )
+    return Check("vulkan", "ok", found)
+
+
+def _vulkan_devices() -> list[tuple[str, str]] | str:
+    """(name, kind) of each device, or what went wrong."""
+    import vulkan as vk
+
+    kinds = {0: "other", 1: "integrated gpu", 2: "discrete gpu", 3: "virtual gpu", 4: "cpu"}
+    info = vk.VkApplicationInfo(pApplicationName="unicorn doctor", apiVersion=vk.VK_MAKE_VERSION(1, 1, 0))
+    try:
+        instance = vk.vkCreateInstance(vk.VkInstanceCreateInfo(pApplicationInfo=info), None)
+        found = vk.vkEnumeratePhysicalDevices(instance)
+    except vk.VkError as error:
+        return f"the loader finds no working driver ({type(error).__name__})"
+    rows = [vk.vkGetPhysicalDeviceProperties(device) for device in found]
+    names = [(str(row.deviceName), kinds.get(int(row.deviceType), "other")) for row in rows]
+    vk.vkDestroyInstance(instance, None)
+    return names
+
+
+def check_npu() -> Check:
+    """An AMD NPU on the PCI bus, its kernel driver, its device node, XRT, and the limit of locked memory."""
+    chip = _pci_npu()
+    if chip is None:
+        return Check("npu", "info", "none on the PCI bus", "if this is a Ryzen AI laptop: enable the IPU in the BIOS")
+    if not Path("/sys/module/amdxdna").exists():
+        return Check("npu", "warn", f"{chip}, driver amdxdna not loaded", "kernel 6.14 or newer: sudo modprobe amdxdna")
+    nodes = glob.glob("/dev/accel/accel*")
+    if not nodes or not os.access(nodes[0], os.R_OK | os.W_OK):
+        return Check(
+            "npu", "warn", f"{chip}, no access to /dev/accel/accel0", "sudo usermod -aG render $USER; log in again"
+        )
+    if ctypes.util.find_library("xrt_coreutil") is None:
+        return Check("npu", "warn", f"{chip}, XRT is not installed", "sudo apt install libxrt2 libxrt-npu2")
+    return Check("npu", "ok", f"{chip}, driver and XRT present")
+
+
+def _pci_npu() -> str | None:
+    for device in Path("/sys/bus/pci/devices").glob("*/device"):
+        name = AMD_NPUS.get(device.read_text().strip())
+        if name is not None and (device.parent / "vendor").read_text().strip() == "0x1022":
+            return name
+    return None
+
+
+def check_memlock() -> Check:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    found = "unlimited" if limit == resource.RLIM_INFINITY else table.size(limit)
+    if limit != resource.RLIM_INFINITY and limit < NPU_MEMLOCK_BYTES:
+        status = "warn" if _pci_npu() else "info"
+        fix = "only the NPU needs more: add '* - memlock unlimited' to /etc/security/limits.d/unicorn.conf"
+        return Check("locked memory", status, found, fix)
+    return Check("locked memory", "ok", found)
+
+
+CHECKS: tuple[Callable[[], Check], ...] = (
+    check_python,
+    lambda: check_version("torch"),
+    lambda: check_version("transformers"),
+    check_registration,
+    check_native,
+    check_cpu,
+    check_clock,
+    check_huge_pages,
+    check_memory,
+    check_bandwidth,
+    check_cache,
+    check_disk,
+    check_vulkan,
+    check_npu,
+    check_memlock,
+)
+
+
+def examine() -> list[Check]:
+    """Run every check."""
+    return [check() for check in CHECKS]
+
+
+def to_json(checks: list[Check]) -> dict[str, Any]:
+    return {"ok": all(c.status != "fail" for c in checks), "checks": [asdict(c) for c in checks]}
+
+
+def as_table(checks: list[Check]) -> Table:
+    """For a terminal; a fix stands below what was found."""
+    colours = {"ok": "green", "info": "blue", "warn": "yellow", "fail": "red"}
+    grid = Table.grid(padding=(0, 2))
+    for check in checks:
+        text = Text(check.found)
+        if check.fix:
+            text.append(f"\n-> {check.fix}", style="dim")
+        grid.add_row(Text(check.status, style=colours[check.status]), check.name, text)
+    return grid

@@ -1,0 +1,137 @@
+"""Drafts for speculative decoding: what followed the last tokens the last time they occurred.
+
+A draft is checked by one call of the model over all its tokens, which reads the weights once. Whether that pays is
+decided from two measurements, so that text without repetitions costs nothing:
+
+- how often a draft would have been right is learned on every token, whether or not a draft was checked;
+- how long calls with M tokens take is learned from the calls themselves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+MAX_DRAFT = 7
+"""M = 8 tokens in one call; the kernels' small-M forms go so far."""
+
+NGRAMS = (4, 3, 2)
+"""Lengths of the contexts that are looked up, longest first; one token alone is wrong too often to be worth a call."""
+
+MARGIN = 1.1
+"""A draft must promise 10 % more tokens per second."""
+
+PRIOR_HITS, PRIOR_TRIALS = 0.5, 1.0
+MEMORY = 32.0
+"""Trials remembered per context length: older ones fade, so that a change of the text shows within a few lines."""
+
+PRIOR_COST = 0.12
+"""Of a call, per further token, until measured."""
+
+
+class Drafter:
+    """Prompt lookup for one sequence.
+
+    `extend` adds tokens, `propose` returns the draft to check next (perhaps none), `took` reports a call's time.
+    """
+
+    def __init__(self, max_draft: int = MAX_DRAFT, costs: Costs | None = None) -> None:
+        self.max_draft = max_draft
+        self.costs = costs if costs is not None else Costs()
+        self._ids: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it ended last, before the present one
+        self._hits = {n: PRIOR_HITS for n in NGRAMS}
+        self._trials = {n: PRIOR_TRIALS for n in NGRAMS}
+        self._found = (0, 0)  # length of the context found at the end, and where its continuation starts
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        for token in tokens:
+            size, start = self._found
+            if size:
+                self._learn(size, self._ids[start] == token)
+            self._ids.append(token)
+            self._found = self._look_up()
+
+    def _learn(self, size: int, hit: bool) -> None:
+        fade = 1 - 1 / MEMORY
+        self._hits[size] = self._hits[size] * fade + hit
+        self._trials[size] = self._trials[size] * fade + 1
+
+    def _look_up(self) -> tuple[int, int]:
+        """The longest context that occurred before; remembers where the present ones end."""
+        end = len(self._ids)
+        found = (0, 0)
+        for size in NGRAMS:
+            if end < size:
+                continue
+            key = tuple(self._ids[-size:])
+            before = self._ends.get(key)
+            if before is not None and not found[0]:
+                found = (size, before)
+            self._ends[key] = end
+        return found
+
+    def rate(self, size: int) -> float:
+        """Estimated chance that the next token is the one that followed a context of this length."""
+        return self._hits[size] / self._trials[size]
+
+    def propose(self, room: int) -> list[int]:
+        """At most `room` tokens; none if no draft promises `MARGIN` more tokens per second than going without."""
+        size, start = self._found
+        if not size:
+            return []
+        rate = self.rate(size)
+        best, gain = 0, MARGIN
+        expected = chance = 1.0
+        for count in range(1, min(self.max_draft, room) + 1):
+            chance *= rate
+            expected += chance
+            ratio = expected / self.costs.relative(count + 1)
+            if ratio > gain:
+                best, gain = count, ratio
+        return self._continuation(start, best)
+
+    def _continuation(self, start: int, count: int) -> list[int]:
+        """`count` tokens from `start` on; past the end it repeats what it has (a loop goes on as a loop)."""
+        period = len(self._ids) - start
+        return [self._ids[start + i % period] for i in range(count)]
+
+    def took(self, tokens: int, seconds: float) -> None:
+        self.costs.took(tokens, seconds)
+
+
+class Costs:
+    """Measured time of one call with M tokens, relative to M = 1. Shared by all requests of a model."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[int, float] = {}
+        self._seen: set[bool] = set()
+
+    def took(self, tokens: int, seconds: float) -> None:
+        """A call with `tokens` tokens. The fastest counts; the first of either kind does not, as it may compile.
+
+        What was measured once, perhaps in a stall, fades to the prior by 1 % per later token, and so is tried again.
+        """
+        if tokens > MAX_DRAFT + 1:
+            return
+        if (tokens > 1) not in self._seen:
+            self._seen.add(tokens > 1)
+            return
+        known = self._seconds.get(tokens, seconds)
+        self._seconds[tokens] = seconds if seconds < known else known + 0.05 * (min(seconds, 2 * known) - known)
+        if tokens == 1:
+            for other in self._seconds.keys() - {1}:
+                target = self._prior(other) * self._seconds[1]
+                self._seconds[other] += 0.01 * min(target - self._seconds[other], 0.0)
+
+    def relative(self, tokens: int) -> float:
+        """Cost of M tokens over that of one: measured, else by the slope of the nearest measured M, else the prior."""
+        one = self._seconds.get(1)
+        near = min(self._seconds.keys() - {1}, key=lambda m: abs(m - tokens), default=None)
+        if one is None or near is None:
+            return self._prior(tokens)
+        slope = max(self._seconds[near] / one - 1, 0.0) / (near - 1)
+        return 1 + slope * (tokens - 1)
+
+    @staticmethod
+    def _prior(tokens: int) -> float:
+        return 1 + PRIOR_COST * (tokens - 1)
