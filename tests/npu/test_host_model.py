@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from unicorn_backend.runtime.npu.host_model import KERNELS
+from unicorn_backend.runtime.npu.artifacts import KERNELS
 
 PROBE = """
 #include <aie_api/aie.hpp>

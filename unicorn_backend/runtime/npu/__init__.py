@@ -1,4 +1,4 @@
-"""The NPU of AMD laptops through XRT. So far: what its kernels compute and how they are built."""
+"""The NPU of AMD laptops through XRT. So far: what its kernels compute (`arithmetic`) and their sizes (`designs`)."""
 
 
 def open_device(selector: str) -> str:

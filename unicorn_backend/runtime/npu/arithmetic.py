@@ -34,8 +34,8 @@ def exp2_neg(t: Array) -> Array:
     """2^-(t / 256) in Q15 for t in 0..4095."""
     fraction, whole = t & 255, t >> 8
     p = _horner(32767, fraction, _horner(-22670, fraction, _horner(7607, fraction, np.full_like(t, -1325))))
-    result: Array = p >> whole
-    return result
+    shifted: Array = p >> whole
+    return shifted
 
 
 def _horner(c: int, f: Array, x: Array) -> Array:

@@ -139,8 +139,8 @@ class Attention:
     def __post_init__(self) -> None:
         _one_of("head_dim", self.head_dim, [64, 96, 128, 192, 256])
         generation(self.target)
-        _one_of("rows", self.rows, [r for r in range(16, 129, 16) if self._fits(rows=r)])
         _one_of("keys", self.keys, [k for k in range(16, 129, 16) if self._fits(keys=k)])
+        _one_of("rows", self.rows, [r for r in range(16, 129, 16) if self._fits(rows=r)])
         _multiple("blocks", self.blocks, 1, MAX_KEYS // self.keys)
 
     @property

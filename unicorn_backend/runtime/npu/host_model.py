@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicorn_backend.errors import UnicornError
+from unicorn_backend.runtime.npu.artifacts import KERNELS
 from unicorn_backend.runtime.npu.designs import Design
 
-KERNELS = Path(__file__).parents[3] / "kernels"
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-Wall", "-Wextra")
 
 
