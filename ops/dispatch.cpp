@@ -52,9 +52,10 @@ std::atomic<const Kernels*>& chosen() {
 }  // namespace
 
 #if defined(__x86_64__)
-const int64_t prefetch_ahead = (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? 1024 : 4096;
+const Prefetch prefetch =
+    (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? Prefetch{3072, false} : Prefetch{4096, true};
 #else
-const int64_t prefetch_ahead = 4096;
+const Prefetch prefetch = {4096, true};
 #endif
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }

@@ -111,12 +111,16 @@ struct Kernels {
   void (*embedding)(const EmbeddingArgs& args, Range ids);
   void (*activations)(const float* x, int64_t n, Act act, float* out);  // for tests
   // For benchmarks: reads memory (the result means nothing); int8 dot products, returns the multiply-adds.
-  uint64_t (*read)(const uint64_t* data, int64_t words);
+  uint64_t (*read)(const uint64_t* data, int64_t words, bool two_levels);
   int64_t (*dots)(int64_t steps);
 };
 
-// Bytes of weights to prefetch ahead of use: depends on the CPU, see impl/matmul.inl.
-extern const int64_t prefetch_ahead;
+// How weights are prefetched: depends on the CPU, see impl/matmul.inl.
+struct Prefetch {
+  int64_t ahead;  // bytes
+  bool to_l1;     // else only into L2
+};
+extern const Prefetch prefetch;
 
 // The table in use: the best that the CPU runs, unless set_isa chose another.
 const Kernels& kernels();
@@ -163,7 +167,7 @@ void run_qkv(const QkvArgs& args, Workspace& workspace, int threads);
 void run_rotary(const RotaryArgs& args, int threads);
 void run_norm(const Rows& x, const Post& post, Out out, int threads);
 void run_embedding(const EmbeddingArgs& args, int threads);
-uint64_t run_read(const uint64_t* data, int64_t words, int threads);
+uint64_t run_read(const uint64_t* data, int64_t words, bool two_levels, int threads);
 int64_t run_dots(int64_t steps, int threads);
 
 }  // namespace unicorn

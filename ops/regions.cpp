@@ -172,11 +172,11 @@ void run_embedding(const EmbeddingArgs& args, int threads) {
   parallel(args.count == 1 ? 1 : threads, [&](const Team& team) { kernels().embedding(args, team.share(args.count)); });
 }
 
-uint64_t run_read(const uint64_t* data, int64_t words, int threads) {
+uint64_t run_read(const uint64_t* data, int64_t words, bool two_levels, int threads) {
   uint64_t total = 0;
   parallel(threads, [&](const Team& team) {
     const Range mine = team.share(words / 32);
-    const uint64_t part = kernels().read(data + 32 * mine.begin, 32 * (mine.end - mine.begin));
+    const uint64_t part = kernels().read(data + 32 * mine.begin, 32 * (mine.end - mine.begin), two_levels);
     __atomic_fetch_add(&total, part, __ATOMIC_RELAXED);
   });
   return total;

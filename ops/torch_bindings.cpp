@@ -325,10 +325,10 @@ Tensor activate_all(const Tensor& x, c10::string_view act) {
   return out;
 }
 
-int64_t read_bytes(const Tensor& data) {
+int64_t read_bytes(const Tensor& data, bool two_levels) {
   TORCH_CHECK(data.is_contiguous() && data.device().is_cpu(), "unicorn::read_bytes: needs a contiguous CPU tensor");
   return static_cast<int64_t>(run_read(static_cast<const uint64_t*>(data.const_data_ptr()),
-                                       static_cast<int64_t>(data.nbytes()) / 8, threads()));
+                                       static_cast<int64_t>(data.nbytes()) / 8, two_levels, threads()));
 }
 
 int64_t dot_peak(int64_t steps) { return run_dots(steps, threads()); }

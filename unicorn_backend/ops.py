@@ -116,7 +116,7 @@ LIBRARY.define("set_window_(Tensor(a!) cache, Tensor full) -> ()")
 LIBRARY.define("set_isa(str name) -> str")
 LIBRARY.define("isas() -> str[]")
 LIBRARY.define("activate(Tensor x, str act) -> Tensor")
-LIBRARY.define("read_bytes(Tensor data) -> int")
+LIBRARY.define("read_bytes(Tensor data, bool two_levels=False) -> int")
 LIBRARY.define("dot_peak(int steps) -> int")
 
 

@@ -1,20 +1,21 @@
 // The two ceilings of benchmarks/kernels.py: reading memory, and multiplying, with this instruction set.
 
-uint64_t read(const uint64_t* data, int64_t words) {
-  const float* p = reinterpret_cast<const float*>(data);
-  const int64_t distance = prefetch_ahead / 4;
-  vf a = zero(), b = zero(), c = zero(), d = zero();
-  for (int64_t i = 0; i + 64 <= 2 * words; i += 64) {
-    __builtin_prefetch(p + i + distance);
-    __builtin_prefetch(p + i + distance + 16);
-    __builtin_prefetch(p + i + distance + 32);
-    __builtin_prefetch(p + i + distance + 48);
-    a = max(a, load(p + i));
-    b = max(b, load(p + i + 16));
-    c = max(c, load(p + i + 32));
-    d = max(d, load(p + i + 48));
+// Loads alone, with what is prefetched the same as weights are, or at two distances into two levels: which of the two
+// is faster depends on the CPU, and the ceiling is the faster one.
+uint64_t read(const uint64_t* data, int64_t words, bool two_levels) {
+  const uint8_t* p = reinterpret_cast<const uint8_t*>(data);
+  vf sum[4] = {zero(), zero(), zero(), zero()};
+  for (int64_t i = 0; i + 256 <= 8 * words; i += 256) {
+    if (two_levels) {
+      for (int64_t j = 0; j < 256; j += 64) __builtin_prefetch(p + i + 512 + j);
+      for (int64_t j = 0; j < 256; j += 64) __builtin_prefetch(p + i + 3072 + j, 0, 2);
+    } else {
+      prefetch_group(p + i, 256);
+    }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; ++j) sum[j] = max(sum[j], load(reinterpret_cast<const float*>(p + i + 64 * j)));
   }
-  return static_cast<uint64_t>(reduce_add(add(add(a, b), add(c, d))));
+  return static_cast<uint64_t>(reduce_add(add(add(sum[0], sum[1]), add(sum[2], sum[3]))));
 }
 
 // Int8 dot products on registers only: `steps` times kChains independent ones. Returns the multiply-adds done.

@@ -52,12 +52,13 @@ from torch.fx import GraphModule
 from unicorn_backend.integration import graph_file, prepare
 from unicorn_backend.integration.fingerprint import _CONSTANTS, Describer, tensor_facts
 from unicorn_backend.integration.graph_file import NotPortable
+from unicorn_backend.integration.guards_once import OnceManager
 from unicorn_backend.options import Options, cache_folder
 from unicorn_backend.plan import Plan
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 MAGIC = b"unicorn compile cache\n"
 TORCH = ("2.13",)  # versions whose internals this file was written against
 MAX_FILES = 128
@@ -176,7 +177,7 @@ def graph_made(gm: GraphModule, plan: Plan) -> None:
         recording.graphs.append((gm, plan))
 
 
-class _RecordingManager(guards.CheckFunctionManager):
+class _RecordingManager(OnceManager):
     """Dynamo's guard manager; where a compile is being recorded it hands over its guards."""
 
     def __init__(self, f_code: types.CodeType, *args: Any, **kwargs: Any) -> None:
@@ -191,7 +192,8 @@ class _RecordingManager(guards.CheckFunctionManager):
             plain: bytes = super().serialize_guards(builder, sorted_guards, output_graph)
             return plain
         try:
-            self._recording.entry = _entry(sorted_guards, output_graph, self.shape_code_parts)
+            entry = _entry(sorted_guards, output_graph, self.shape_code_parts)
+            self._recording.entry = entry | {"model_untouched": self.model_untouched}
         except _MISFIT as error:
             self._recording.entry = f"{type(error).__name__}: {error}"
         return b""
@@ -742,8 +744,12 @@ def _build_guards(entry: dict[str, Any], frame: _Frame) -> Any:
         skip_guards_check=True,  # checked by the caller, which takes no for an answer
         name_of_builtins_dict_key_in_fglobals=entry["builtins"],
     )
-    manager = guards.CheckFunctionManager(
-        frame.code, OutputGraphCommon(state), frame.cache_entries, shape_code_parts=entry["shapes"]
+    manager = OnceManager(
+        frame.code,
+        OutputGraphCommon(state),
+        frame.cache_entries,
+        shape_code_parts=entry["shapes"],
+        model_untouched=entry["model_untouched"],
     )
     return manager.guard_manager
 

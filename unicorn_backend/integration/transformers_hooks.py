@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unicorn_backend.integration.model_state import wrap_generate
+
 log = logging.getLogger(__name__)
 
 
@@ -48,6 +50,8 @@ def install() -> bool:
     for layer in (full, sliding):
         _hook_crop(layer)
     _hook_mask_skip(masks)
+    generation: Any = sys.modules["transformers"].GenerationMixin
+    generation.generate = wrap_generate(generation.generate)
     caches._unicorn_installed = True
     return True
 
