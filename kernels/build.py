@@ -4,6 +4,7 @@
     python kernels/build.py gemm --target npu1 --k 1152 --n 1536
     python kernels/build.py attention --target npu1 --head-dim 256
     python kernels/build.py model ~/models/gemma-3-1b-it --target npu1     every kernel that the model needs
+    python kernels/build.py wrapper                                        C interface of XRT for any Python
     python kernels/build.py list  ~/models/gemma-3-1b-it --target npu1     the same, and build nothing
 
 Runs in an IRON environment (mlir-aie with Peano, see docs/npu.md); needs no torch. `--host-model` builds for the
@@ -18,7 +19,6 @@ import importlib.util
 import json
 import os
 import shutil
-import struct
 import subprocess
 import sys
 import types
@@ -56,15 +56,21 @@ def build(design: Design, root: Path) -> artifacts.Artifact:
 
 
 def build_host_model(design: Design, root: Path) -> artifacts.Artifact:
-    """Build `design` for the emulator: same sources, this CPU."""
+    """Build `design` for the emulator, which looks in a folder of its own."""
     from unicorn_backend.runtime.npu import host_model
 
-    def make(folder: Path) -> None:
-        host_model.compile_design(design, folder / artifacts.LIBRARY)
-        (folder / artifacts.XCLBIN).write_bytes(b"xclbin2\0" + b"emulated: nothing for hardware is in here\n")
-        (folder / artifacts.INSTRUCTIONS).write_bytes(struct.pack("<8I", *design.instruction))
+    return host_model.build(design, root / artifacts.EMULATED)
 
-    return artifacts.write(root, design, artifacts.HOST_MODEL, make)
+
+def build_wrapper(root: Path) -> Path:
+    """Build the C wrapper over libxrt."""
+    root.mkdir(parents=True, exist_ok=True)
+    target = root / "libunicorn_xrt.so"
+    command = [os.environ.get("CXX", "g++"), "-std=c++17", "-O2", "-shared", "-fPIC"]
+    xrt = os.environ.get("XILINX_XRT")
+    command += [f"-I{xrt}/include", f"-L{xrt}/lib"] if xrt else []
+    _run([*command, str(KERNELS / "xrt" / "wrapper.cpp"), "-lxrt_coreutil", "-o", str(target)], root)
+    return target
 
 
 def _tools() -> tuple[Path, Path]:
@@ -112,19 +118,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     actions = parser.add_subparsers(dest="action", required=True)
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--target", choices=list(GENERATIONS), required=True)
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unicorn_backend"
-    root = Path(os.environ.get("UNICORN_CACHE_DIR") or cache) / "npu"
+    root = Path(os.environ.get("UNICORN_NPU_KERNELS") or Path(os.environ.get("UNICORN_CACHE_DIR") or cache) / "npu")
     common.add_argument("--out", type=Path, default=root, help="default: %(default)s")
-    common.add_argument("--host-model", action="store_true", help="for the emulator; needs g++ only")
-    gemm = actions.add_parser("gemm", parents=[common], help="one projection")
+    kernel = argparse.ArgumentParser(add_help=False, parents=[common])
+    kernel.add_argument("--target", choices=list(GENERATIONS), required=True)
+    kernel.add_argument("--host-model", action="store_true", help="for the emulator; needs g++ only")
+    actions.add_parser("wrapper", parents=[common], help="the C wrapper over libxrt")
+    gemm = actions.add_parser("gemm", parents=[kernel], help="one projection")
     gemm.add_argument("--k", type=int, required=True)
     gemm.add_argument("--n", type=int, required=True)
     gemm.add_argument("--tile-m", type=int, default=Gemm.tile_m)
-    attention = actions.add_parser("attention", parents=[common], help="attention of one head width")
+    attention = actions.add_parser("attention", parents=[kernel], help="attention of one head width")
     attention.add_argument("--head-dim", type=int, required=True)
     for name in ("model", "list"):
-        model = actions.add_parser(name, parents=[common], help="all kernels of a model")
+        model = actions.add_parser(name, parents=[kernel], help="all kernels of a model")
         model.add_argument("model", type=Path, help="folder with config.json")
     return parser.parse_args()
 
@@ -139,8 +147,11 @@ def designs_of(arguments: argparse.Namespace) -> list[Design]:
 
 def main() -> int:
     arguments = _arguments()
-    make = build_host_model if arguments.host_model else build
     try:
+        if arguments.action == "wrapper":
+            print(build_wrapper(arguments.out))
+            return 0
+        make = build_host_model if arguments.host_model else build
         for design in designs_of(arguments):
             print(key(design) if arguments.action == "list" else make(design, arguments.out).folder, flush=True)
     except (BuildError, IllegalDesign, OSError) as error:

@@ -27,6 +27,27 @@ def cache_folder() -> Path | None:
     folder = os.environ.get("UNICORN_CACHE_DIR")
     if folder:
         return Path(folder)
+    return _user_cache()
+
+
+def npu_folder() -> Path:
+    """UNICORN_NPU_KERNELS: where built NPU kernels lie; without it `npu` in the cache folder."""
+    if folder := os.environ.get("UNICORN_NPU_KERNELS"):
+        return Path(folder)
+    cache = os.environ.get("UNICORN_CACHE_DIR")
+    return Path(cache) / "npu" if cache else _user_cache() / "npu"
+
+
+def npu_emulated() -> str:
+    """UNICORN_NPU_EMULATE: "npu1" or "npu2" to emulate that generation ("1" is npu1), "" for hardware."""
+    wanted = os.environ.get("UNICORN_NPU_EMULATE", "")
+    known = {"": "", "0": "", "1": "npu1", "npu1": "npu1", "npu2": "npu2"}
+    if wanted not in known:
+        raise OptionError(f"environment variable UNICORN_NPU_EMULATE: got {wanted!r}, allowed are 0, 1, npu1, npu2")
+    return known[wanted]
+
+
+def _user_cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unicorn_backend"
 
 

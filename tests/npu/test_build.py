@@ -39,9 +39,10 @@ def test_host_model_of_a_model_without_torch(tmp_path: Path) -> None:
     assert len(names) == 3 and any("head_dim64" in name for name in names)
     done = build("attention", "--target", "npu2", "--head-dim", "64", "--host-model", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
-    found = artifacts.find(tmp_path, wanted.attention("npu2", 64), emulated=True)
+    found = artifacts.find(tmp_path / artifacts.EMULATED, wanted.attention("npu2", 64), emulated=True)
     assert isinstance(found, Artifact) and found.emulated
-    assert "for the emulator" in str(artifacts.find(tmp_path, wanted.attention("npu2", 64), emulated=False))
+    found = artifacts.find(tmp_path / artifacts.EMULATED, wanted.attention("npu2", 64), emulated=False)
+    assert "for the emulator" in str(found)
 
 
 def test_messages(tmp_path: Path) -> None:

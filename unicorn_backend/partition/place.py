@@ -34,7 +34,7 @@ def place(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, l
         op = step.op.removeprefix("unicorn::")
         if op not in placed.OPS:
             continue
-        device, reason = _choose(_work(node, step, plan.tokens), devices)
+        device, reason = _choose(_work(node, step, plan.tokens, options.policy), devices)
         plan.steps[index] = dataclasses.replace(step, device=device.name if device else "cpu", reason=reason)
         if device is not None:
             chosen[node] = placed.Site(op, device, plan, index)
@@ -57,13 +57,14 @@ def _nodes(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "call_function" and node.target in OPS]
 
 
-def _work(node: Node, step: Step, tokens: str) -> Work:
+def _work(node: Node, step: Step, tokens: str, policy: str) -> Work:
     """`node` may come from the compile cache: it has no `meta`."""
     names = [argument.name for argument in node.target._schema.arguments]
     constants = {n: v for n, v in zip(names, node.args, strict=True) if not _has_node(v)}
     _, positions = OPS[node.target]
     weights = [weight for position in positions for weight in node.args[position]]
-    return Work(step, tokens, constants, all(weight.op == "placeholder" for weight in weights))
+    whole = all(weight.op == "placeholder" for weight in weights)
+    return Work(step, tokens, constants, whole, policy)
 
 
 def _has_node(value: Any) -> bool:

@@ -22,6 +22,7 @@ class Work:
     tokens: str  # per call: a number, or "dynamic"
     constants: Mapping[str, Any]  # arguments that the graph fixes, by their names in the schema; None is one of them
     whole: bool  # every weight is a parameter as it is stored, not a row range of one
+    policy: str = "speed"  # what the caller asks for: "speed", "power" or "fixed"
 
 
 @dataclass(frozen=True)

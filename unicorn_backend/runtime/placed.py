@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 OPS = ("int4_ffn", "int8_attention", "int8_qkv", "linear")
 
 _numbers = itertools.count(1)
+_said: set[tuple[str, str]] = set()  # devices and reasons that were warned about
 _sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 
 
@@ -60,7 +61,10 @@ class Site:
             self._device = None
         step = self._plan.steps[self._index]
         self._plan.steps[self._index] = dataclasses.replace(step, device="cpu", reason=f"{device.name}: {reason}")
-        log.warning("%s at %s goes back to the cpu: %s: %s", step.kind, step.where, device.name, reason)
+        # A lost device is the same reason for all its regions: one warning, not one per layer.
+        level = logging.DEBUG if (device.name, reason) in _said else logging.WARNING
+        _said.add((device.name, reason))
+        log.log(level, "%s at %s goes back to the cpu: %s: %s", step.kind, step.where, device.name, reason)
 
 
 def placed_op(op: str) -> Any:

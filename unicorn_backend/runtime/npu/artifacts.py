@@ -24,6 +24,7 @@ from unicorn_backend.runtime.npu.designs import Design, key, source_hash
 
 VERSION = 1  # of the manifest and of the byte layouts in `pack.py`
 KERNELS = Path(__file__).parents[3] / "kernels"
+EMULATED = "emulated"  # folder of the emulator's artifacts, beside those for hardware
 HOST_MODEL = "host model"  # the `built` of artifacts that only the emulator may load
 XCLBIN, INSTRUCTIONS, LIBRARY, MANIFEST = "kernel.xclbin", "instructions.bin", "host_model.so", "manifest.json"
 

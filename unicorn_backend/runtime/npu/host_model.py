@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 import subprocess
 import tempfile
 from pathlib import Path
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicorn_backend.errors import UnicornError
-from unicorn_backend.runtime.npu.artifacts import KERNELS
+from unicorn_backend.runtime.npu import artifacts
+from unicorn_backend.runtime.npu.artifacts import KERNELS, Artifact
 from unicorn_backend.runtime.npu.designs import Design
 
 FLAGS = ("-std=c++20", "-O3", "-march=native", "-shared", "-fPIC", "-Wall", "-Wextra")
@@ -42,6 +44,17 @@ def compile_design(design: Design, library: Path) -> None:
         if done.returncode:
             raise HostModelError(f"the host model does not compile:\n{done.stderr}")
         built.rename(library)
+
+
+def build(design: Design, root: Path) -> Artifact:
+    """The artifact of `design` for the emulator: same sources, this CPU. Raises HostModelError."""
+
+    def make(folder: Path) -> None:
+        compile_design(design, folder / artifacts.LIBRARY)
+        (folder / artifacts.XCLBIN).write_bytes(b"xclbin2\0" + b"for the emulator: nothing in here runs on hardware\n")
+        (folder / artifacts.INSTRUCTIONS).write_bytes(struct.pack("<8I", *design.instruction))
+
+    return artifacts.write(root, design, artifacts.HOST_MODEL, make)
 
 
 class Launcher:

@@ -1,0 +1,232 @@
+"""Drop-in: `generate` of the embedded model with attention on the (emulated) NPU, and what happens when it fails."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import unicorn_backend
+from unicorn_backend.runtime import close_devices, open_device
+from unicorn_backend.runtime.npu import emulator
+from unicorn_backend.runtime.npu.device import NpuDevice
+from unicorn_backend.runtime.npu.engine import NpuEngine, NumpyEngine
+
+PROMPT, NEW = 40, 10
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(autouse=True)
+def clean(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(kernels))
+    monkeypatch.setattr(emulator, "faults", emulator.Faults())
+    close_devices()
+    yield
+    close_devices()
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNICORN_NPU_EMULATE", "1")
+
+
+def generate(model: Any, devices: tuple[str, ...] = ("cpu", "npu"), **options: Any) -> tuple[torch.Tensor, Any]:
+    """(tokens after the prompt, the compiled model)."""
+    compiled: Any = torch.compile(model, backend="unicorn", options={"devices": devices, **options})
+    ids = (torch.arange(PROMPT) * 37 % 4000 + 10).unsqueeze(0)
+    out = compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
+    return out[0, PROMPT:], compiled
+
+
+@pytest.fixture
+def make_short(make_tiny: Callable[[], Any]) -> Callable[[], Any]:
+    """The embedded model's first layer, for what does not depend on the number of layers."""
+
+    def make() -> Any:
+        model = make_tiny()
+        model.model.layers = model.model.layers[:1]
+        model.config.num_hidden_layers = 1
+        model.config.layer_types = model.config.layer_types[:1]
+        return model
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> dict[str, torch.Tensor]:
+    """The tokens of `make_short` on the CPU, computed once."""
+    return {}
+
+
+def cpu_tokens(make_short: Callable[[], Any], known: dict[str, torch.Tensor]) -> torch.Tensor:
+    if "tokens" not in known:
+        known["tokens"] = generate(make_short(), ("cpu",))[0]
+        torch._dynamo.reset()
+    return known["tokens"]
+
+
+def device() -> NpuDevice:
+    found = open_device("npu")
+    assert isinstance(found, NpuDevice), found
+    return found
+
+
+def steps(compiled: Any) -> dict[str, set[str]]:
+    """Kind -> devices, of the prompt's graph."""
+    plan = unicorn_backend.explain(compiled).plans[0]
+    found: dict[str, set[str]] = {}
+    for step in plan.steps:
+        found.setdefault(step.kind, set()).add(step.device)
+    return found
+
+
+def test_generate_on_the_emulated_npu(make_tiny: Callable[[], Any], emulate: None) -> None:
+    """Tokens equal those of the same integer arithmetic in NumPy; every attention region went through launches."""
+    tokens, compiled = generate(make_tiny())
+    engine = device().engine
+    assert isinstance(engine, NpuEngine)
+    assert engine.launches >= 6 * (1 + 2 + 1)  # layers: projections in, two K/V heads, projection out
+    assert steps(compiled)["attention"] == steps(compiled)["qkv"] == {"npu (emulated)"}
+    assert steps(compiled)["ffn"] == {"cpu"}
+    text = str(unicorn_backend.explain(compiled))
+    assert "npu (emulated)" in text and not re.search(r"\bnpu\b(?! \(emulated\)|:)", text)
+
+    torch._dynamo.reset()
+    close_devices()
+    device().engine = NumpyEngine()
+    same, _ = generate(make_tiny())
+    assert torch.equal(tokens, same)
+
+
+def test_decode_stays_on_the_cpu(make_short: Callable[[], Any], emulate: None) -> None:
+    """A step of one token launches nothing, also in the graph for any number of tokens."""
+    model = make_short()
+    _, compiled = generate(model)
+    before = device().engine.launches  # type: ignore[attr-defined]
+    with torch.inference_mode():
+        compiled(torch.tensor([[5]]))
+    assert device().engine.launches == before  # type: ignore[attr-defined]
+    plans = unicorn_backend.explain(compiled).plans
+    reasons = {step.reason for plan in plans if plan.tokens == "1" for step in plan.steps if step.kind == "attention"}
+    assert reasons and all("1 tokens per call" in reason for reason in reasons)
+
+
+def test_without_hardware_it_is_the_cpu_with_a_reason(
+    make_short: Callable[[], Any], on_cpu: dict[str, torch.Tensor]
+) -> None:
+    tokens, compiled = generate(make_short())
+    assert steps(compiled)["attention"] == {"cpu"}
+    (reason,) = {s.reason for s in unicorn_backend.explain(compiled).plans[0].steps if s.kind == "attention"}
+    assert "npu: " in reason and ("PCI" in reason or "pyxrt" in reason)
+    torch._dynamo.reset()
+    assert torch.equal(tokens, cpu_tokens(make_short, on_cpu))
+
+
+FAULTS: dict[str, tuple[dict[str, Any], str]] = {
+    "time-out": ({"hang": True}, "no answer in 0.5 s"),
+    "abort": ({"state": 6}, "state ABORT"),
+    "error": ({"state": 5}, "state ERROR"),
+    "firmware": ({"no_firmware": True}, "No such device"),
+    "memlock": ({"memory_bytes": 8 << 10}, "ulimit -l"),
+    "contexts": ({"contexts": 0}, "no hardware context is free"),
+    "wrong sums": ({"corrupt": True}, "does not give the CPU's integers"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_end_on_the_cpu(
+    make_short: Callable[[], Any],
+    emulate: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    on_cpu: dict[str, torch.Tensor],
+    fault: str,
+) -> None:
+    """The CPU's tokens, and one clear message."""
+    what, says = FAULTS[fault]
+    want = cpu_tokens(make_short, on_cpu)
+    monkeypatch.setattr(emulator, "faults", emulator.Faults(**what))
+    if fault != "firmware":
+        device().engine.timeout_ms = 500
+    with caplog.at_level(logging.WARNING):
+        got, compiled = generate(make_short())
+    assert torch.equal(got, want)
+    assert steps(compiled)["attention"] == {"cpu"}
+    reasons = {step.reason for step in unicorn_backend.explain(compiled).plans[0].steps if step.kind == "attention"}
+    assert all(says in reason for reason in reasons), reasons
+    warned = [r for r in caplog.records if "goes back to the cpu" in r.getMessage()]
+    assert len(warned) == len({r.getMessage().split("cpu: ")[1] for r in warned}) <= 2
+
+
+def test_a_kernel_for_another_k_never_serves(
+    make_short: Callable[[], Any],
+    emulate: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_cpu: dict[str, torch.Tensor],
+) -> None:
+    """An artifact whose files are another K's, with a manifest that says nothing of it: the self-test sees it."""
+    from unicorn_backend.runtime.npu import artifacts, host_model, wanted
+
+    right, wrong = wanted.projection("npu1", 256, 512), wanted.projection("npu1", 128, 512)
+
+    def swapped(folder: Path) -> None:
+        made = host_model.build(wrong, tmp_path / "wrong").folder
+        for name in (artifacts.XCLBIN, artifacts.LIBRARY, artifacts.INSTRUCTIONS):
+            (folder / name).write_bytes((made / name).read_bytes())
+
+    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(tmp_path))
+    artifacts.write(tmp_path / artifacts.EMULATED, right, artifacts.HOST_MODEL, swapped)
+    close_devices()
+    want = cpu_tokens(make_short, on_cpu)
+    got, compiled = generate(make_short())
+    assert steps(compiled)["qkv"] == {"cpu"}
+    assert torch.equal(got, want)
+
+
+def test_a_truncated_xclbin_never_serves(emulate: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emulator would build it again; on hardware the reason stays. Here: what XRT says of such a file."""
+    from unicorn_backend.runtime.npu import artifacts, host_model, wanted
+    from unicorn_backend.runtime.npu.engine import Unavailable
+
+    made = host_model.build(wanted.attention("npu1", 64), tmp_path / artifacts.EMULATED)
+    whole = (made.folder / artifacts.XCLBIN).read_bytes()
+    (made.folder / artifacts.XCLBIN).write_bytes(whole[: len(whole) // 4])
+    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(tmp_path))
+    monkeypatch.setattr(artifacts, "_checksum", lambda path: "same")  # as if it was truncated before it was registered
+    manifest = made.folder / artifacts.MANIFEST
+    text = json.loads(manifest.read_text())
+    manifest.write_text(json.dumps(text | {"files": dict.fromkeys(text["files"], "same")}))
+    engine = device().engine
+    assert isinstance(engine, NpuEngine)
+    with pytest.raises(Unavailable, match="damaged"):
+        engine.prepare(made.design)
+
+
+def test_the_memory_budget_is_kept(emulate: None) -> None:
+    from unicorn_backend.runtime.npu import wanted
+    from unicorn_backend.runtime.npu.engine import Unavailable
+
+    engine = device().engine
+    assert isinstance(engine, NpuEngine)
+    engine.budget_bytes = 1 << 20
+    with pytest.raises(Unavailable, match="budget"):
+        engine.prepare(wanted.attention("npu1", 64))
+
+
+def test_the_environment_variable_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    from unicorn_backend.errors import OptionError
+
+    monkeypatch.setenv("UNICORN_NPU_EMULATE", "yes")
+    with pytest.raises(OptionError, match="allowed are 0, 1, npu1, npu2"):
+        open_device("npu")

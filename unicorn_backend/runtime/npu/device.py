@@ -1,0 +1,127 @@
+"""The NPU as a device of `unicorn_backend.runtime`: which regions it takes, and running them."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from unicorn_backend.runtime.device import Memory, Work
+from unicorn_backend.runtime.npu import cost
+from unicorn_backend.runtime.npu.designs import IllegalDesign
+from unicorn_backend.runtime.npu.engine import BUDGET_BYTES, TIMEOUT_MS, Engine, NpuEngine, Unavailable
+from unicorn_backend.runtime.npu.regions import AttentionRegion, QkvRegion, refusal
+from unicorn_backend.runtime.npu.xrt import Xrt
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = {"int8_qkv": (4, 5, 6), "int8_attention": (7,)}
+REGIONS: dict[str, Any] = {"int8_qkv": QkvRegion, "int8_attention": AttentionRegion}
+LEAST_EMULATED = 2  # tokens: the emulator is there to be run, no cost decides
+
+
+def target_of(name: str) -> str:
+    """Generation of what XRT calls the device, "" if it is not known."""
+    lower = name.lower()
+    if any(mark in lower for mark in ("npu1", "phoenix", "hawk")):
+        return "npu1"
+    if any(mark in lower for mark in ("npu4", "npu5", "npu6", "strix", "krackan", "npu2")):
+        return "npu2"
+    return ""
+
+
+class NpuDevice:
+    """An NPU, or the emulator of one."""
+
+    def __init__(self, xrt: Xrt, root: Path, emulated: bool = False, engine: Engine | None = None) -> None:
+        self.target = target_of(xrt.name)
+        self.emulated = emulated
+        self.name = "npu (emulated)" if emulated else "npu"
+        self.label = f"{xrt.label}{', kernels run on the CPU: nothing here is an NPU' if emulated else ''}"
+        self._root = root
+        timeout = 120 * TIMEOUT_MS if emulated else TIMEOUT_MS  # the emulator shares the CPU with everything else
+        self.engine = engine or NpuEngine(xrt, root, emulated, BUDGET_BYTES, timeout)
+        self.rates = cost.load(root, self.target, xrt.name)
+        self.least = LEAST_EMULATED  # tokens per call, by the last placement; shorter calls run on the CPU
+        self._lock = threading.RLock()
+        self._regions: dict[tuple[Any, ...], tuple[list[StorageWeakRef], _Region]] = {}
+
+    def least_tokens(self, policy: str) -> tuple[int, str]:
+        """From how many tokens per call a region runs here (0: never), and why."""
+        if self.emulated:
+            return LEAST_EMULATED, "emulated: no cost decides"
+        return cost.least_tokens(self.target, policy, self.rates)
+
+    def refuses(self, work: Work) -> str:
+        op = work.step.op.removeprefix("unicorn::")
+        if op not in REGIONS:
+            return f"it has kernels for {' and '.join(REGIONS)}"
+        if not work.whole:
+            return "its weights are row ranges of one packed weight"
+        if reason := refusal(op, dict(work.constants), work.step.schemes):
+            return reason
+        least, why = self.least_tokens(work.policy)
+        self.least = least
+        if not least:
+            return why
+        if work.tokens.isdigit() and int(work.tokens) < least:
+            return f"{work.tokens} tokens per call; it takes {least} and more: {why}"
+        return ""
+
+    def region(self, op: str, arguments: Sequence[Any]) -> _Region:
+        weights = [tensor for position in WEIGHTS[op] for tensor in arguments[position]]
+        key = (op, *(tensor.data_ptr() for tensor in weights))
+        with self._lock:
+            found = self._regions.get(key)
+            if found is not None and not any(ref.expired() for ref in found[0]):
+                return found[1]
+            self._regions = {k: v for k, v in self._regions.items() if not any(ref.expired() for ref in v[0])}
+            made = _Region(self, op)
+            self._regions[key] = [StorageWeakRef(t.untyped_storage()) for t in weights], made
+            return made
+
+    def memory(self) -> Memory:
+        engine = self.engine
+        used = engine.used_bytes if isinstance(engine, NpuEngine) else 0
+        return Memory(used, used, max(BUDGET_BYTES - used, 0))
+
+    def close(self) -> None:
+        self._regions.clear()
+        if isinstance(self.engine, NpuEngine):
+            self.engine.close()
+
+
+class _Region:
+    """A region's weights on the device, from the first call that is long enough for it.
+
+    Shorter calls (decode) and inputs outside its arithmetic run on the CPU.
+    """
+
+    def __init__(self, device: NpuDevice, op: str) -> None:
+        self._cpu = getattr(torch.ops.unicorn, op).default
+        self._device, self._op = device, op
+        self._on_npu: Any = None
+        self._lock = threading.Lock()
+
+    def run(self, arguments: Sequence[Any]) -> Any:
+        if _tokens(self._op, arguments) < self._device.least:
+            return self._cpu(*arguments)
+        try:
+            with self._lock:
+                if self._on_npu is None:
+                    self._on_npu = REGIONS[self._op](self._device.engine, self._device.target, arguments)
+            result = self._on_npu.run(arguments)
+        except (Unavailable, IllegalDesign) as reason:
+            return str(reason)
+        return self._cpu(*arguments) if result is None else result
+
+
+def _tokens(op: str, arguments: Sequence[Any]) -> int:
+    tensor: Tensor = arguments[0]
+    return int(tensor.shape[1] if op == "int8_qkv" else tensor.shape[2])

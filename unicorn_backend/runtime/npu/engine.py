@@ -1,0 +1,354 @@
+"""Whole products and whole attentions out of launches: on the NPU, or the same integers in NumPy.
+
+Blockwise: a launch has a fixed size, so inputs of any size go through a few persistent slots (buffers and a run
+each), several in flight. A kernel serves only after its first launch gave NumPy's bits on this machine. After a
+time-out or a failed command nothing of the device is used any more: it may still write, so its buffers are kept.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicorn_backend.runtime.npu import arithmetic, artifacts, host_model, pack
+from unicorn_backend.runtime.npu.arithmetic import Keys, Rows, State
+from unicorn_backend.runtime.npu.designs import Attention, Design, Gemm, key
+from unicorn_backend.runtime.npu.xrt import COMPLETED, STATES, Context, Xrt, XrtError
+
+log = logging.getLogger(__name__)
+
+SLOTS = 4  # launches in flight per kernel
+BUDGET_BYTES = 2 << 30
+TIMEOUT_MS = 5000  # of one launch, which takes milliseconds
+
+Int8 = NDArray[np.int8]
+Int32 = NDArray[np.int32]
+
+
+class Unavailable(Exception):
+    """Why this cannot run on the NPU: the region answers with it, and the CPU takes over."""
+
+
+@dataclass(eq=False)
+class Weights:
+    """The b of a product, where the engine wants it."""
+
+    design: Gemm
+    rows: int  # n without padding
+    held: Any
+
+
+class Engine(Protocol):
+    """Integer products and attentions."""
+
+    def prepare(self, design: Design) -> None:
+        """Load and test the kernel of `design`. Raises Unavailable."""
+
+    def weights(self, design: Gemm, b: Int8) -> Weights:
+        """b [N, K] int8. Raises Unavailable."""
+
+    def gemm(self, weights: Weights, a: Int8) -> Int32:
+        """a [M, K] -> [M, N]. Raises Unavailable."""
+
+    def attend(self, design: Attention, rows: Rows, keys: Keys) -> State:
+        """Merged over all keys; m, l, O in float64. Raises Unavailable."""
+
+
+def merge(parts: list[State]) -> State:
+    """States of several ranges of keys -> one, in float64 (l and O in units of the largest m)."""
+    if len(parts) == 1:
+        return State(parts[0].m, parts[0].l.astype(np.float64), parts[0].o.astype(np.float64))
+    m = np.max([part.m for part in parts], axis=0)
+    factors = [np.exp2((part.m - m) / 256.0) for part in parts]
+    total = sum(part.l * f for part, f in zip(parts, factors, strict=True))
+    return State(m, total, sum(part.o * f[:, None] for part, f in zip(parts, factors, strict=True)))
+
+
+def tiles(design: Attention, rows: Rows, keys: Keys) -> Iterator[tuple[slice, int]]:
+    """(query rows, range of keys) of every launch in which a row sees a key."""
+    for begin in range(0, len(rows.q), design.query_rows):
+        chunk = slice(begin, min(begin + design.query_rows, len(rows.q)))
+        seen = rows.first[chunk] < rows.last[chunk]
+        if not seen.any():
+            continue
+        low = int(rows.first[chunk][seen].min()) // design.key_range
+        high = -(-int(rows.last[chunk][seen].max()) // design.key_range)
+        for part in range(max(low, 0), min(high, len(keys.k) // design.key_range)):
+            yield chunk, part
+
+
+class NumpyEngine:
+    """The same integers on the CPU."""
+
+    def prepare(self, design: Design) -> None:
+        pass
+
+    def weights(self, design: Gemm, b: Int8) -> Weights:
+        return Weights(design, len(b), np.ascontiguousarray(b.T))
+
+    def gemm(self, weights: Weights, a: Int8) -> Int32:
+        return arithmetic.gemm(a, weights.held)
+
+    def attend(self, design: Attention, rows: Rows, keys: Keys) -> State:
+        return _collect(design, rows, keys, lambda chunk, part: _attend(design, _part(rows, chunk), keys, part))
+
+
+class NpuEngine:
+    """Launches through XRT."""
+
+    def __init__(self, xrt: Xrt, root: Path, emulated: bool, budget_bytes: int, timeout_ms: int) -> None:
+        self.xrt, self._root, self._emulated = xrt, root, emulated
+        self.budget_bytes, self.timeout_ms = budget_bytes, timeout_ms
+        self.used_bytes = 0
+        self.lost = ""
+        self.launches = 0  # for `memory`, tests and reports
+        self._lock = threading.RLock()
+        self._kernels: dict[str, _Kernel | str] = {}
+        self._kept: list[Any] = []  # what a dead device may still write to
+
+    def kernel(self, design: Design) -> _Kernel:
+        """Loaded and tested. Raises Unavailable; the reason of a kernel that failed stays."""
+        with self._lock:
+            if self.lost:
+                raise Unavailable(self.lost)
+            name = key(design)
+            if name not in self._kernels:
+                self._kernels[name] = self._load(design)
+            found = self._kernels[name]
+            if isinstance(found, str):
+                raise Unavailable(found)
+            return found
+
+    def prepare(self, design: Design) -> None:
+        self.kernel(design)
+
+    def weights(self, design: Gemm, b: Int8) -> Weights:
+        kernel = self.kernel(design)
+        with self._lock:
+            buffer = self.buffer(kernel.context, 1, design.buffer_bytes[1])
+        buffer.data[:] = pack.gemm_b(design, b)
+        buffer.to_device()
+        weights = Weights(design, len(b), buffer)
+        weakref.finalize(weights, self._freed, design.buffer_bytes[1])
+        return weights
+
+    def _freed(self, size: int) -> None:
+        self.used_bytes -= size
+
+    def gemm(self, weights: Weights, a: Int8) -> Int32:
+        design = weights.design
+        out = np.empty((len(a), weights.rows), np.int32)
+
+        def finish(raw: NDArray[np.uint8], begin: int) -> None:
+            part = pack.gemm_c(design, raw)[: len(a) - begin, : weights.rows]
+            out[begin : begin + len(part)] = part
+
+        with self.kernel(design) as kernel:
+            for begin in range(0, len(a), design.tokens):
+                inputs = [pack.gemm_a(design, a[begin : begin + design.tokens]), weights.held]
+                kernel.submit(inputs, lambda raw, begin=begin: finish(raw, begin))
+        return out
+
+    def attend(self, design: Attention, rows: Rows, keys: Keys) -> State:
+        packed = pack.key_blocks(design, keys).reshape(-1, design.buffer_bytes[1])
+        states: dict[tuple[int, int], State] = {}
+
+        def finish(raw: NDArray[np.uint8], chunk: slice, part: int) -> None:
+            states[chunk.start, part] = _cut(pack.states(design, raw), chunk.stop - chunk.start)
+
+        with self.kernel(design) as kernel:
+            for chunk, part in tiles(design, rows, keys):
+                inputs = [pack.query_blocks(design, _part(rows, chunk)), packed[part]]
+                kernel.submit(inputs, lambda raw, chunk=chunk, part=part: finish(raw, chunk, part))
+        return _collect(design, rows, keys, lambda chunk, part: states[chunk.start, part])
+
+    def buffer(self, context: Context, index: int, size: int) -> Any:
+        if self.used_bytes + size > self.budget_bytes:
+            raise Unavailable(
+                f"{size / 1e6:.0f} MB more than the budget of {self.budget_bytes / 1e9:.1f} GB would be in use"
+            )
+        try:
+            made = context.buffer(index, size)
+        except XrtError as error:
+            raise Unavailable(str(error)) from error
+        self.used_bytes += size
+        return made
+
+    def lose(self, reason: str, kept: Any) -> None:
+        """The device is not used any more. Says so once."""
+        with self._lock:
+            self._kept.append(kept)
+            if not self.lost:
+                self.lost = f"the NPU is not used any more in this process: {reason}"
+                log.warning("%s", self.lost)
+
+    def close(self) -> None:
+        with self._lock:
+            self.lost = self.lost or "the device was closed"
+            self._kernels.clear()
+
+    def _load(self, design: Design) -> _Kernel | str:
+        found = artifacts.find(self._root, design, self._emulated)
+        if isinstance(found, str) and self._emulated:  # seconds of g++; for hardware it is minutes, and the user's
+            try:
+                found = host_model.build(design, self._root)
+            except host_model.HostModelError as error:
+                return str(error)
+        if isinstance(found, str):
+            return found
+        try:
+            kernel = _Kernel(self, design, self.xrt.context(found))
+        except (XrtError, Unavailable) as error:
+            return str(error)
+        return kernel if not (failed := _self_test(self, kernel)) else failed
+
+
+class _Kernel:
+    """One loaded design and its slots. Used as a context manager, by one thread at a time: submit, then drain."""
+
+    def __init__(self, engine: NpuEngine, design: Design, context: Context) -> None:
+        self.design, self.context, self._engine = design, context, engine
+        self._lock = threading.Lock()
+        self._slots: list[_Slot] = []
+        self._next = 0
+        inputs = (0, 1, 2) if isinstance(design, Attention) else (0, 2)  # weights bring their own buffer
+        for _ in range(SLOTS):
+            buffers = {i: engine.buffer(context, i, design.buffer_bytes[i]) for i in inputs}
+            self._slots.append(_Slot(buffers))
+
+    def __enter__(self) -> _Kernel:
+        self._lock.acquire()
+        return self
+
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        try:
+            if kind is None:
+                for turn in range(SLOTS):
+                    self._finish(self._slots[(self._next + turn) % SLOTS])
+        finally:
+            self._lock.release()
+
+    def submit(self, inputs: list[Any], done: Any) -> None:
+        """Start a launch; `done(bytes of the result)` runs when its slot is needed again, or at the end."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % SLOTS
+        self._finish(slot)
+        given = {i: x for i, x in enumerate(inputs) if not isinstance(x, np.ndarray)}
+        for index, data in enumerate(inputs):
+            if index not in given:
+                slot.buffers[index].data[:] = data
+                slot.buffers[index].to_device()
+        try:
+            if slot.launch is None:
+                slot.launch = self.context.launch([given.get(i, slot.buffers.get(i)) for i in range(3)])
+            for index, buffer in given.items():
+                slot.launch.set_buffer(index, buffer)
+            slot.launch.start()
+        except XrtError as error:
+            self._engine.lose(str(error), self)
+            raise Unavailable(self._engine.lost) from error
+        slot.done = done
+        self._engine.launches += 1
+
+    def _finish(self, slot: _Slot) -> None:
+        if slot.done is None:
+            return
+        done, slot.done = slot.done, None
+        state = slot.launch.wait(self._engine.timeout_ms)
+        if state != COMPLETED:
+            name = STATES.get(state, str(state))
+            text = f"no answer in {self._engine.timeout_ms / 1000:g} s" if name == "TIMEOUT" else f"state {name}"
+            self._engine.lose(f"{self.design.kind}: {text}", self)
+            raise Unavailable(self._engine.lost)
+        slot.buffers[2].from_device()
+        done(slot.buffers[2].data)
+
+
+@dataclass
+class _Slot:
+    buffers: dict[int, Any]
+    launch: Any = None
+    done: Any = None
+
+
+def _self_test(engine: NpuEngine, kernel: _Kernel) -> str:
+    """Bits of one launch on random data against NumPy; the reason if the kernel must not serve."""
+    design, rng = kernel.design, np.random.default_rng(0)
+    results: list[NDArray[np.uint8]] = []
+    started = time.perf_counter()
+    try:
+        if isinstance(design, Gemm):
+            a = rng.integers(-127, 128, (design.tokens, design.k)).astype(np.int8)
+            b = rng.integers(-127, 128, (design.n, design.k)).astype(np.int8)
+            buffer = engine.buffer(kernel.context, 1, design.buffer_bytes[1])
+            buffer.data[:] = pack.gemm_b(design, b)
+            buffer.to_device()
+            with kernel:
+                kernel.submit([pack.gemm_a(design, a), buffer], lambda raw: results.append(raw.copy()))
+            engine.used_bytes -= design.buffer_bytes[1]
+            for slot in kernel._slots:  # the next product brings its own
+                slot.launch = None
+            same = bool((pack.gemm_c(design, results[0]) == arithmetic.gemm(a, b.T)).all())
+        else:
+            rows, keys = test_case(design, rng)
+            with kernel:
+                inputs = [pack.query_blocks(design, rows), pack.key_blocks(design, keys)]
+                kernel.submit(inputs, lambda raw: results.append(raw.copy()))
+            got, want = pack.states(design, results[0]), arithmetic.attend(rows, keys)
+            same = all(bool((getattr(got, x) == getattr(want, x)).all()) for x in "mlo")
+    except Unavailable as error:
+        return str(error)
+    log.debug("self-test of %s: %.1f ms", key(design), 1e3 * (time.perf_counter() - started))
+    return "" if same else f"kernel {key(design)} does not give the CPU's integers on this machine: it must not serve"
+
+
+def test_case(design: Attention, rng: np.random.Generator) -> tuple[Rows, Keys]:
+    """One launch with a causal window, scores from flat to peaked."""
+    n, keys, d = design.query_rows, design.key_range, design.head_dim
+    last = 1 + np.arange(n) * keys // n
+    rows = Rows(
+        rng.integers(-127, 128, (n, d)).astype(np.int8),
+        rng.integers(0, 16384, n).astype(np.int16),
+        np.maximum(last - keys // 2, 0).astype(np.int32),
+        last.astype(np.int32),
+        16,
+    )
+    k, v = (rng.integers(-127, 128, (keys, d)).astype(np.int8) for _ in range(2))
+    return rows, Keys(k, v, rng.integers(0, 4, design.blocks).astype(np.int32), design.keys)
+
+
+def _part(rows: Rows, chunk: slice) -> Rows:
+    return Rows(rows.q[chunk], rows.mult[chunk], rows.first[chunk], rows.last[chunk], rows.shift)
+
+
+def _cut(state: State, count: int) -> State:
+    return State(state.m[:count], state.l[:count], state.o[:count])
+
+
+def _attend(design: Attention, rows: Rows, keys: Keys, part: int) -> State:
+    return arithmetic.attend(rows, keys, part * design.key_range, (part + 1) * design.key_range)
+
+
+def _collect(design: Attention, rows: Rows, keys: Keys, state_of: Any) -> State:
+    """The launches of `tiles` -> one state for all rows."""
+    whole = arithmetic.start(*rows.q.shape)
+    out = State(whole.m, whole.l.astype(np.float64), whole.o.astype(np.float64))
+    parts: dict[int, list[State]] = {}
+    stops: dict[int, int] = {}
+    for chunk, part in tiles(design, rows, keys):
+        parts.setdefault(chunk.start, []).append(state_of(chunk, part))
+        stops[chunk.start] = chunk.stop
+    for begin, found in parts.items():
+        merged = merge(found)
+        for name in "mlo":
+            getattr(out, name)[begin : stops[begin]] = getattr(merged, name)
+    return out
