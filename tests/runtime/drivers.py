@@ -35,7 +35,12 @@ def description(name: str) -> str:
 
 def environment(name: str) -> dict[str, str]:
     """For a process of its own that sees nothing but this driver."""
-    return {**os.environ, "VK_ICD_FILENAMES": description(name), "VK_DRIVER_FILES": ""}
+    return only(description(name))
+
+
+def only(path: str) -> dict[str, str]:
+    """The environment with one driver. VK_DRIVER_FILES comes before the older name, even if it is empty."""
+    return {k: v for k, v in os.environ.items() if k != "VK_DRIVER_FILES"} | {"VK_ICD_FILENAMES": path}
 
 
 def pin_drivers() -> None:

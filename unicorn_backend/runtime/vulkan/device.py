@@ -99,7 +99,8 @@ class VulkanDevice:
 
     def kernels(self, shape: ffn.Shape) -> ffn.Kernels:
         if shape not in self._kernels:
-            self._kernels[shape] = ffn.Kernels(self._device, self.variant, shape)
+            with self._device.all_or_nothing():
+                self._kernels[shape] = ffn.Kernels(self._device, self.variant, shape)
         return self._kernels[shape]
 
     def run(self, region: FfnRegion, call: ffn.Call) -> Tensor | str:
@@ -146,9 +147,11 @@ class VulkanDevice:
             if needed + RESERVE > free:
                 return f"out of memory: it needs {size(needed)} and leaves {size(RESERVE)}, {size(free)} are free"
             try:
-                region = FfnRegion(self, ffn.Weights(self._device, call, placing), call)
+                with self._device.all_or_nothing():
+                    weights = ffn.Weights(self._device, call, placing)
             except VulkanError as error:
                 return self._failed(error)
+            region = FfnRegion(self, weights, call)
             self._regions[id(call.wg[0])] = region
             return region
 

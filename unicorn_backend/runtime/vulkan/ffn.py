@@ -135,7 +135,7 @@ class Kernels:
         ):
             self._device.free(buffer)
 
-    def record(self, weights: Weights, tokens: int) -> Recorded:
+    def record(self, weights: Weights, tokens: int, clock: Any = None) -> Recorded:
         """The region for `tokens` (a bucket) tokens; for 0 with grids that `set_grids` writes, through the GEMM."""
         form = "gemm" if tokens == 0 else "gemv"
         shape = self.shape
@@ -166,6 +166,7 @@ class Kernels:
                 ),
             ],
             self.grids,
+            clock,
         )
 
     def set_grids(self, tokens: int) -> None:

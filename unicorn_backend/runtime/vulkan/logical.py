@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -14,6 +15,7 @@ from unicorn_backend.runtime.vulkan.api import (
     REQUIRE_FULL_SUBGROUPS,
     WHOLE_SIZE,
     Structs,
+    VulkanError,
     call,
     extension_function,
     ffi,
@@ -35,7 +37,7 @@ UPLOAD = (_LOCAL | _VISIBLE | _COHERENT, _VISIBLE | _COHERENT)
 DOWNLOAD = (_VISIBLE | _COHERENT | _CACHED, _VISIBLE | _COHERENT)
 
 
-@dataclass
+@dataclass(eq=False)
 class Buffer:
     handle: Any
     memory: Any
@@ -64,6 +66,7 @@ class LogicalDevice:
     def __init__(self, physical: PhysicalDevice, statistics: bool = False) -> None:
         self.physical = physical
         self.used = self.shared = 0
+        self._made: list[Buffer] | None = None
         self._s = Structs()
         self.handle = self._create(statistics)
         self._statistics = statistics
@@ -111,12 +114,13 @@ class LogicalDevice:
                 allocationSize=needs.size,
                 memoryTypeIndex=index,
             )
-        except Exception:
+        except VulkanError:
             lib.vkDestroyBuffer(self.handle, handle, ffi.NULL)
             raise
         call("vkBindBufferMemory", self.handle, handle, memory, 0)
         self.used += needs.size
-        return Buffer(handle, memory, needs.size, self._map(memory) if self._types[index] & _VISIBLE else 0, False)
+        address = self._map(memory) if self._types[index] & _VISIBLE else 0
+        return self._keep(Buffer(handle, memory, int(needs.size), address, False))
 
     def imported(self, address: int, size: int) -> Buffer:
         """A buffer that is the CPU's memory at `address`: whole pages, anonymous, alive until the buffer is freed."""
@@ -144,12 +148,12 @@ class LogicalDevice:
                 allocationSize=size,
                 memoryTypeIndex=index,
             )
-        except Exception:
+        except VulkanError:
             lib.vkDestroyBuffer(self.handle, handle, ffi.NULL)
             raise
         call("vkBindBufferMemory", self.handle, handle, memory, 0)
         self.shared += size
-        return Buffer(handle, memory, size, address, True)
+        return self._keep(Buffer(handle, memory, size, address, True))
 
     def staged(self, address: int, size: int) -> Buffer:
         """A copy in device memory of what the CPU has at `address`, through a buffer that both see."""
@@ -162,7 +166,28 @@ class LogicalDevice:
         self.free(staging)
         return target
 
+    @contextlib.contextmanager
+    def all_or_nothing(self) -> Iterator[None]:
+        """If the driver refuses something inside, the buffers made inside are freed."""
+        made: list[Buffer] = []
+        self._made = made
+        try:
+            yield
+        except VulkanError:
+            for buffer in list(made):
+                self.free(buffer)
+            raise
+        finally:
+            self._made = None
+
+    def _keep(self, buffer: Buffer) -> Buffer:
+        if self._made is not None:
+            self._made.append(buffer)
+        return buffer
+
     def free(self, buffer: Buffer) -> None:
+        if self._made is not None and buffer in self._made:
+            self._made.remove(buffer)
         lib.vkDestroyBuffer(self.handle, buffer.handle, ffi.NULL)
         lib.vkFreeMemory(self.handle, buffer.memory, ffi.NULL)
         if buffer.imported:
@@ -297,11 +322,17 @@ class LogicalDevice:
 
     # ---- running -----------------------------------------------------------------------------------------------
 
-    def record(self, dispatches: Sequence[Dispatch], indirect: Buffer | None = None) -> Recorded:
-        """The dispatches one after another, each seeing what the one before wrote, and the CPU what the last wrote."""
+    def record(self, dispatches: Sequence[Dispatch], indirect: Buffer | None = None, clock: Any = None) -> Recorded:
+        """The dispatches one after another, each seeing what the one before wrote, and the CPU what the last wrote.
+
+        `clock`: a pool from `new_clock` for one more timestamp than dispatches.
+        """
         pool, sets = self._descriptor_sets(dispatches)
 
         def fill(command: Any) -> None:
+            if clock is not None:
+                lib.vkCmdResetQueryPool(command, clock, 0, len(dispatches) + 1)
+                lib.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, clock, 0)
             for number, (dispatch, descriptors) in enumerate(zip(dispatches, sets, strict=True)):
                 if number:
                     self._barrier(command, vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, vk.VK_ACCESS_SHADER_READ_BIT)
@@ -315,6 +346,8 @@ class LogicalDevice:
                     lib.vkCmdDispatchIndirect(command, indirect.handle, dispatch.grid)
                 else:
                     lib.vkCmdDispatch(command, *dispatch.grid, 1)
+                if clock is not None:
+                    lib.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, clock, number + 1)
             self._barrier(command, vk.VK_PIPELINE_STAGE_HOST_BIT, vk.VK_ACCESS_HOST_READ_BIT)
 
         return self._record(fill, pool)
@@ -328,8 +361,29 @@ class LogicalDevice:
                 break
         code = lib.vkWaitForFences(self.handle, 1, self._fence, 1, int(PATIENCE_S * 1e9))
         if code != vk.VK_SUCCESS:
-            raise TimeoutError(f"no answer for {PATIENCE_S} s") if code == vk.VK_TIMEOUT else _lost(code)
+            raise (
+                TimeoutError(f"no answer for {PATIENCE_S} s")
+                if code == vk.VK_TIMEOUT
+                else VulkanError("vkWaitForFences", code)
+            )
         call("vkResetFences", self.handle, 1, self._fence)
+
+    def new_clock(self, dispatches: int) -> Any:
+        """A query pool for the times of so many dispatches."""
+        kind = vk.VK_QUERY_TYPE_TIMESTAMP
+        return self._make(
+            "vkCreateQueryPool", "VkQueryPool", "VkQueryPoolCreateInfo", queryType=kind, queryCount=dispatches + 1
+        )
+
+    def times_us(self, clock: Any, dispatches: int) -> list[float]:
+        """Of each dispatch of the recording that was run last with `clock`."""
+        ticks = ffi.new("uint64_t[]", dispatches + 1)
+        flags = vk.VK_QUERY_RESULT_64_BIT | vk.VK_QUERY_RESULT_WAIT_BIT
+        call("vkGetQueryPoolResults", self.handle, clock, 0, dispatches + 1, 8 * (dispatches + 1), ticks, 8, flags)
+        return [(ticks[i + 1] - ticks[i]) * self.physical.features.timestamp_ns / 1e3 for i in range(dispatches)]
+
+    def forget_clock(self, clock: Any) -> None:
+        lib.vkDestroyQueryPool(self.handle, clock, ffi.NULL)
 
     def forget(self, recorded: Recorded) -> None:
         lib.vkFreeCommandBuffers(self.handle, self._pool, 1, recorded.command)
@@ -449,9 +503,3 @@ class LogicalDevice:
         handle = ffi.new(f"{kind} *")
         call(function, self.handle, *arguments, handle)
         return handle[0]
-
-
-def _lost(code: int) -> Exception:
-    from unicorn_backend.runtime.vulkan.api import VulkanError
-
-    return VulkanError("vkWaitForFences", code)

@@ -1,0 +1,96 @@
+#!/usr/bin/env python3
+"""What Mesa's compiler makes of every shader for gfx1103, the Radeon 780M: registers, spills, instructions.
+
+    python shaders/isa.py              print
+    python shaders/isa.py --write      write shaders/gfx1103.json
+
+No GPU is needed: Mesa's RADV driver compiles for a device that is not there. Nothing runs, so these are no
+measurements of speed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+RECORD = Path(__file__).parent / "gfx1103.json"
+DRIVER = Path("/usr/share/vulkan/icd.d/radeon_icd.x86_64.json")
+FAMILIES = ("phoenix", "gfx1103_r1")  # what Mesa calls it, newer and older
+LAYERS = {"gemma3-1b": (1152, 6912), "gemma3-4b": (2560, 10240)}  # hidden and intermediate size
+COUNTED = ("v_dot4", "scratch_", "buffer_load", "ds_")
+NAMES = {"vgprs": "VGPRs", "spilled_vgprs": "Spilled VGPRs", "spilled_sgprs": "Spilled SGPRs", "lds_bytes": "LDS size"}
+
+
+def main() -> None:
+    family = os.environ.get("RADV_FORCE_FAMILY") or sys.exit("set RADV_FORCE_FAMILY to one of " + ", ".join(FAMILIES))
+    from unicorn_backend.runtime.vulkan.physical import devices
+
+    (physical,) = devices()
+    from unicorn_backend.runtime.vulkan.logical import LogicalDevice
+
+    device = LogicalDevice(physical, statistics=True)
+    found = {name: _statistics(device, pipeline) for name, pipeline in _pipelines(device)}
+    result = {
+        "driver": physical.driver,
+        "family": family,
+        "subgroup_size": physical.features.subgroup_size,
+        "pipelines": found,
+    }
+    text = json.dumps(result, indent=1) + "\n"
+    if "--write" in sys.argv[1:]:
+        RECORD.write_text(text)
+    print(text)
+
+
+def _pipelines(device: Any) -> Any:
+    """Name and pipeline of every build, for each number of tokens and the layers of two models."""
+    from unicorn_backend.runtime.vulkan import ffn, variants
+
+    for model, (hidden, width) in LAYERS.items():
+        shape = ffn.Shape(hidden, width, hidden, "gelu_tanh", ffn.torch.bfloat16, 1e-6, 1e-6, "x")
+        for variant in variants.VARIANTS:
+            kernels = ffn.Kernels.__new__(ffn.Kernels)  # without buffers: there is no memory
+            kernels._device, kernels._variant, kernels.shape = device, variant, shape
+            for which in ("gate_up", "down"):
+                for tokens in ffn.BUCKETS:
+                    yield f"{model} {which} {variant.name} {tokens}", kernels._product("gemv", which, tokens)
+                if variant.subgroup:
+                    yield f"{model} {which} gemm {variant.name.split('_')[0]}", kernels._product("gemm", which, 0)
+        yield f"{model} norm_quant", kernels._rows("norm_quant", hidden, 1e-6)
+        yield f"{model} norm_add", kernels._rows("norm_add", hidden, 1e-6)
+
+
+def _statistics(device: Any, pipeline: Any) -> dict[str, int]:
+    from unicorn_backend.runtime.vulkan.api import Structs, extension_function, several, text
+
+    info = Structs().new("VkPipelineExecutableInfoKHR", pipeline=pipeline)
+    function = extension_function("vkGetPipelineExecutableStatisticsKHR", device=device.handle)
+    numbers = several(function, "VkPipelineExecutableStatisticKHR", device.handle, info)
+    values = {text(n.name).lower(): int(n.value.u64) for n in numbers}
+    words = Counter(re.findall(r"^\s*([a-z]\w+)", _assembly(device, info), re.MULTILINE))
+    counts = {name: sum(n for word, n in words.items() if word.startswith(name)) for name in COUNTED}
+    return {name: values[theirs.lower()] for name, theirs in NAMES.items()} | counts
+
+
+def _assembly(device: Any, info: Any) -> str:
+    from unicorn_backend.runtime.vulkan.api import extension_function, ffi, several, text
+
+    function = extension_function("vkGetPipelineExecutableInternalRepresentationsKHR", device=device.handle)
+    parts = several(function, "VkPipelineExecutableInternalRepresentationKHR", device.handle, info)
+    array = ffi.new("VkPipelineExecutableInternalRepresentationKHR[]", len(parts))
+    kept = []
+    for i, part in enumerate(parts):
+        array[i] = part
+        kept.append(ffi.new("char[]", part.dataSize + 1))
+        array[i].pData = kept[-1]
+    function(device.handle, info, ffi.new("uint32_t *", len(parts)), array)
+    return next(text(kept[i]) for i in range(len(parts)) if "ssembly" in text(array[i].name))
+
+
+if __name__ == "__main__":
+    main()

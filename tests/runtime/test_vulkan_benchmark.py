@@ -1,0 +1,24 @@
+"""The benchmark runs, and a software driver's times are never called performance."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from tests.runtime import drivers
+
+
+def test_software_is_marked_and_gets_no_rates() -> None:
+    drivers.physical("llvmpipe")
+    command = [sys.executable, "benchmarks/vulkan.py", "--tokens", "1", "2", "--rounds", "1", "--layers", "2"]
+    done = subprocess.run(
+        command, cwd=drivers.ROOT, env=drivers.environment("llvmpipe"), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["software"] is True and "no measurement of a GPU" in result["note"]
+    assert [row["tokens"] for row in result["rows"]] == [1, 2]
+    for row in result["rows"]:
+        assert set(row) == {"tokens", "us"}, "neither GB/s nor TOPS"
+        assert all(us > 0 for us in row["us"].values())

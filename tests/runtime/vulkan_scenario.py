@@ -1,0 +1,38 @@
+"""Run by test_vulkan_validation.py in a process of its own, under the validation layer: `python -m ... NAME`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from tests.runtime.test_vulkan_ffn import arguments, run
+from unicorn_backend.runtime.vulkan import ffn, physical
+from unicorn_backend.runtime.vulkan.device import VulkanDevice
+from unicorn_backend.runtime.vulkan.logical import LogicalDevice
+
+
+def clean(*placings: str) -> None:
+    """Every kind of call: all forms, placings and types of memory, weights that come and go, an orderly end."""
+    (found,) = physical.devices()
+    for placing in placings:
+        device = VulkanDevice("vulkan", found, placing="" if placing == "own" else placing)
+        for m in (1, 2, 3, 8, 70):
+            run(device, arguments(m, 96, 160, 96, own=m == 3))
+        run(device, arguments(1, 50, 77, 34, dtype=ffn.torch.float32, norms=False))
+        device.close()
+
+
+def wrong() -> None:
+    """On purpose: a buffer of scales with four values, and dispatches with nothing between them."""
+    (found,) = physical.devices()
+    plain = ffn._scales
+    ffn._scales = lambda logical, w, offset, width: plain(logical, None, 0.0, 4)
+    run(VulkanDevice("vulkan", found), arguments(1, 96, 160, 96))
+    _barrierless: Any = lambda self, command, stage, access: None  # noqa: E731
+    LogicalDevice._barrier = _barrierless  # type: ignore[method-assign]
+    run(VulkanDevice("vulkan", found), arguments(1, 96, 160, 96))
+
+
+if __name__ == "__main__":
+    {"clean": clean, "wrong": wrong}[sys.argv[1]](*sys.argv[2:])
+    print("done")
