@@ -11,7 +11,7 @@ from tests.runtime import drivers
 
 def test_software_is_marked_and_gets_no_rates() -> None:
     drivers.physical("llvmpipe")
-    command = [sys.executable, "benchmarks/vulkan.py", "--tokens", "1", "2", "--rounds", "1", "--layers", "2"]
+    command = [sys.executable, "benchmarks/vulkan_shaders.py", "--tokens", "1", "2", "--rounds", "1", "--layers", "2"]
     done = subprocess.run(
         command, cwd=drivers.ROOT, env=drivers.environment("llvmpipe"), capture_output=True, text=True, timeout=600
     )

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Time each shader of a feed-forward on a Vulkan device with timestamp queries; weights are cold.
 
-    python benchmarks/vulkan.py                                    the best GPU, layers of Gemma 3 1B
-    python benchmarks/vulkan.py --device 780M --model gemma3-4b --output 780m.json
+    python benchmarks/vulkan_shaders.py                                    the best GPU, layers of Gemma 3 1B
+    python benchmarks/vulkan_shaders.py --device 780M --model gemma3-4b --output 780m.json
 
 GB/s counts weight bytes, TOPS two operations per multiply-add. On a software driver (lavapipe, SwiftShader) times say
 nothing about a GPU: the result is marked so and carries neither.
