@@ -12,7 +12,7 @@ NATIVE := $(shell find ops -type f 2>/dev/null) $(wildcard CMakeLists.txt)
 export PYTHONNOUSERSITE := 1
 
 .DEFAULT_GOAL := demo
-.PHONY: demo install test lint format bench tables clean
+.PHONY: demo install test test-xrt lint format bench tables clean
 
 demo: $(VENV)/.package  ## quantize the embedded model, compile it, generate, measure
 	$(PY) -m unicorn_backend demo
@@ -22,6 +22,9 @@ install: $(VENV)/.package
 # Threads that sleep instead of spinning: on a busy machine the tests take half the time.
 test: lint  ## lint, then every test
 	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(PY) -m pytest
+
+test-xrt:  ## the NPU runtime on the real XRT over a fake kernel driver, in a chroot (root; network the first time)
+	tests/npu/xrt/run.sh
 
 lint: $(VENV)/.dev
 	$(PY) -m ruff check .

@@ -147,28 +147,4 @@ int unicorn_xrt_wait(Launch* launch, unsigned timeout_ms) {
   return guarded([&] { return int(launch->run.wait(std::chrono::milliseconds(timeout_ms))); }, 5);
 }
 
-// Several runs as one command, in order: one launch latency for all. `launches` must outlive the list.
-xrt::runlist* unicorn_xrt_chain(Context* context, Launch** launches, int count) {
-  return guarded(
-      [&] {
-        auto* list = new xrt::runlist(context->context);
-        for (int i = 0; i < count; ++i) list->add(launches[i]->run);
-        return list;
-      },
-      nullptr);
-}
-void unicorn_xrt_chain_free(xrt::runlist* list) { delete list; }
-int unicorn_xrt_chain_start(xrt::runlist* list) {
-  return guarded(
-      [&] {
-        list->execute();
-        return 0;
-      },
-      1);
-}
-int unicorn_xrt_chain_wait(xrt::runlist* list, unsigned timeout_ms) {
-  return guarded([&] { return list->wait(std::chrono::milliseconds(timeout_ms)) == std::cv_status::timeout ? 8 : 4; },
-                 5);
-}
-
 }  // extern "C"

@@ -29,7 +29,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def emulated(root: Path, monkeypatch: pytest.MonkeyPatch) -> NpuEngine:
     monkeypatch.setattr(emulator, "generation", "npu2")
-    return NpuEngine(PyXrt(emulator, "the emulator"), root, True, BUDGET_BYTES, 600_000)
+    return NpuEngine(PyXrt(emulator, "the emulator"), root, True, BUDGET_BYTES, 600_000, builds=True)
 
 
 def masks(t: int, s: int) -> dict[str, tuple[Tensor | None, bool]]:
@@ -173,7 +173,7 @@ def test_emulator_gives_numpys_bits(emulated: NpuEngine, kind: str) -> None:
 def test_gemma_3_1b_shapes(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One layer of Gemma 3 1B on the first generation: hidden 1152, 4 heads of 256, window 512, 600 keys."""
     monkeypatch.setattr(emulator, "generation", "npu1")
-    engine = NpuEngine(PyXrt(emulator, "the emulator"), root, True, BUDGET_BYTES, 600_000)
+    engine = NpuEngine(PyXrt(emulator, "the emulator"), root, True, BUDGET_BYTES, 600_000, builds=True)
     t = 64
     qkv = qkv_args(1, t, 1152, (4, 1, 256), "w8c", torch.bfloat16, pre=True, norm=True, rotary=True)
     got, want = (QkvRegion(e, "npu1", qkv).run(qkv) for e in (engine, NumpyEngine()))

@@ -288,6 +288,7 @@ int close_bo(uint32_t handle) {
   const auto found = driver.bos.find(handle);
   if (found == driver.bos.end()) return fail(EINVAL);
   if (found->second.type == kShared) driver.locked -= found->second.size;
+  if (found->second.type == kHeap) driver.heap = nullptr, driver.heap_size = driver.heap_used = 0;
   if (found->second.host) munmap(found->second.host, pages(found->second.size));
   driver.bos.erase(found);
   return 0;

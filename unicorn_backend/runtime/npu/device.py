@@ -46,7 +46,7 @@ class NpuDevice:
         self.label = f"{xrt.label}{', kernels run on the CPU: nothing here is an NPU' if emulated else ''}"
         self._root = root
         timeout = 120 * TIMEOUT_MS if emulated else TIMEOUT_MS  # the emulator shares the CPU with everything else
-        self.engine = engine or NpuEngine(xrt, root, emulated, BUDGET_BYTES, timeout)
+        self.engine = engine or NpuEngine(xrt, root, emulated, BUDGET_BYTES, timeout, builds=emulated)
         self.rates = cost.load(root, self.target, xrt.name)
         self.least = LEAST_EMULATED  # tokens per call, by the last placement; shorter calls run on the CPU
         self._lock = threading.RLock()

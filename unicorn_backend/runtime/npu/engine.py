@@ -105,8 +105,11 @@ class NumpyEngine:
 class NpuEngine:
     """Launches through XRT."""
 
-    def __init__(self, xrt: Xrt, root: Path, emulated: bool, budget_bytes: int, timeout_ms: int) -> None:
-        self.xrt, self._root, self._emulated = xrt, root, emulated
+    def __init__(
+        self, xrt: Xrt, root: Path, emulated: bool, budget_bytes: int, timeout_ms: int, builds: bool = False
+    ) -> None:
+        """`builds`: make what is missing with the host model (for the emulator, whose artifacts it may be)."""
+        self.xrt, self._root, self._emulated, self._builds = xrt, root, emulated, builds
         self.budget_bytes, self.timeout_ms = budget_bytes, timeout_ms
         self.used_bytes = 0
         self.lost = ""
@@ -198,7 +201,7 @@ class NpuEngine:
 
     def _load(self, design: Design) -> _Kernel | str:
         found = artifacts.find(self._root, design, self._emulated)
-        if isinstance(found, str) and self._emulated:  # seconds of g++; for hardware it is minutes, and the user's
+        if isinstance(found, str) and self._builds:  # seconds of g++; for hardware it is minutes, and the user's
             try:
                 found = host_model.build(design, self._root)
             except host_model.HostModelError as error:

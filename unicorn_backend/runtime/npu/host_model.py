@@ -10,6 +10,7 @@ import os
 import struct
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -46,13 +47,18 @@ def compile_design(design: Design, library: Path) -> None:
         built.rename(library)
 
 
-def build(design: Design, root: Path) -> Artifact:
-    """The artifact of `design` for the emulator: same sources, this CPU. Raises HostModelError."""
+def build(design: Design, root: Path, container: Callable[[Path], None] | None = None) -> Artifact:
+    """The artifact of `design` for the emulator: same sources, this CPU. Raises HostModelError.
+
+    container: writes another kernel.xclbin into the folder than the one that the emulator reads.
+    """
 
     def make(folder: Path) -> None:
         compile_design(design, folder / artifacts.LIBRARY)
-        (folder / artifacts.XCLBIN).write_bytes(b"xclbin2\0" + b"for the emulator: nothing in here runs on hardware\n")
         (folder / artifacts.INSTRUCTIONS).write_bytes(struct.pack("<8I", *design.instruction))
+        (folder / artifacts.XCLBIN).write_bytes(b"xclbin2\0" + b"for the emulator: nothing in here runs on hardware\n")
+        if container is not None:
+            container(folder)
 
     return artifacts.write(root, design, artifacts.HOST_MODEL, make)
 

@@ -1,0 +1,255 @@
+"""What the runtime relies on, checked on the real pyxrt over the fake driver, and on its stand-in.
+
+    python contract.py emulator FOLDER          the stand-in of `unicorn_backend/runtime/npu/emulator.py`
+    python contract.py pyxrt FOLDER [FAULT]     the real module; FOLDER/<key> as `chroot.sh` made them
+    python contract.py wrapper FOLDER [FAULT]   our C wrapper over libxrt
+
+Needs NumPy only. Prints one line per check, ends with 1 if one failed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+import threading
+import time
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def _without_torch() -> None:
+    for name in ("unicorn_backend", "unicorn_backend.runtime", "unicorn_backend.runtime.npu"):
+        module = types.ModuleType(name)
+        module.__path__ = [str(ROOT.joinpath(*name.split(".")))]
+        sys.modules.setdefault(name, module)
+
+
+if "torch" not in sys.modules:  # in the chroot, which has none
+    _without_torch()
+
+import numpy as np  # noqa: E402
+
+from unicorn_backend.runtime.npu import arithmetic, artifacts, pack  # noqa: E402
+from unicorn_backend.runtime.npu.artifacts import Artifact  # noqa: E402
+from unicorn_backend.runtime.npu.designs import Attention, Design, Gemm, key  # noqa: E402
+from unicorn_backend.runtime.npu.engine import NpuEngine, NumpyEngine, Unavailable, test_case  # noqa: E402
+from unicorn_backend.runtime.npu.xrt import CXrt, PyXrt, XrtError  # noqa: E402
+
+GEMM, ATTENTION = Gemm("npu1", 256, 512), Attention("npu1", 64, 32, 64, 2)
+DESIGNS: tuple[Design, ...] = (GEMM, ATTENTION)
+BUDGET = 1 << 30
+
+failures: list[str] = []
+
+
+def check(name: str, passed: bool) -> None:
+    print(("ok    " if passed else "FAIL  ") + name, flush=True)
+    if not passed:
+        failures.append(name)
+
+
+def raises(kind: type[Exception], call: Callable[[], Any]) -> bool:
+    try:
+        call()
+    except kind:
+        return True
+    return False
+
+
+def test_module(api: Any, folder: Path) -> None:
+    """pyxrt itself, one by one: what is used, and the traps that `xrt.py` is written around."""
+    directions, states = api.xclBOSyncDirection, api.ert_cmd_state
+    artifact = artifact_of(folder, ATTENTION)
+    check("one device is there", api.enumerate_devices() == 1)
+    check("another index is an error", raises(RuntimeError, lambda: api.device(3)))
+    device = api.device(0)
+    check("it has its name", device.get_info(api.xrt_info_device.name) == "RyzenAI-npu1")
+    image = api.xclbin(str(artifact.folder / artifacts.XCLBIN))
+    found = [(k.get_name(), k.get_num_args()) for k in image.get_kernels()]
+    check("the xclbin has one kernel of six arguments", found == [("MLIR_AIE", 6)])
+    check(
+        "no context before the xclbin is registered",
+        raises(Exception, lambda: api.hw_context(device, image.get_uuid())),
+    )
+    device.register_xclbin(image)
+    context = api.hw_context(device, image.get_uuid())
+    kernel = api.kernel(context, "MLIR_AIE")
+    check("groups of arguments", [kernel.group_id(i) for i in range(6)] == [131071, 65537, 131071] + [65536] * 3)
+    check("an unknown kernel is an error", raises(RuntimeError, lambda: api.kernel(context, "X")))
+    group = kernel.group_id(3)
+    check("bo.normal is refused", raises(RuntimeError, lambda: api.bo(device, 4096, api.bo.normal, group)))
+
+    rows, keys = test_case(ATTENTION, np.random.default_rng(1))
+    inputs = [pack.query_blocks(ATTENTION, rows), pack.key_blocks(ATTENTION, keys)]
+    want = arithmetic.attend(rows, keys)
+    words = np.frombuffer((artifact.folder / artifacts.INSTRUCTIONS).read_bytes(), np.uint32)
+    control = api.bo(device, words.nbytes, api.bo.cacheable, kernel.group_id(1))
+    control.write(words.view(np.uint8), 0)
+    control.sync(directions.XCL_BO_SYNC_BO_TO_DEVICE)
+    bos = [
+        api.bo(device, size, api.bo.host_only, kernel.group_id(3 + i)) for i, size in enumerate(ATTENTION.buffer_bytes)
+    ]
+    views = [np.frombuffer(bo.map(), np.uint8) for bo in bos]
+    check(
+        "a map is writable and whole",
+        all(v.flags.writeable and v.size == b.size() for v, b in zip(views, bos, strict=True)),
+    )
+    check("memory is not zeroed", bool(views[2].any()))
+    for view, bo, data in zip(views, bos, inputs, strict=False):
+        view[:] = data
+        bo.sync(directions.XCL_BO_SYNC_BO_TO_DEVICE)
+
+    def result() -> bool:
+        bos[2].sync(directions.XCL_BO_SYNC_BO_FROM_DEVICE)
+        got = pack.states(ATTENTION, views[2])
+        return all(bool((getattr(got, x) == getattr(want, x)).all()) for x in "mlo")
+
+    def made(opcode: int = 3) -> Any:
+        run = api.run(kernel)
+        for index, value in enumerate([opcode, control, len(words), *bos]):
+            run.set_arg(index, value)
+        return run
+
+    run = made()
+    run.start()
+    check("a run completes", int(run.wait(60000)) == 4)
+    check("its integers are NumPy's", result())
+    views[2][:] = 0
+    bos[2].sync(directions.XCL_BO_SYNC_BO_TO_DEVICE)
+    run.start()
+    run.wait2()
+    check("the same run runs again", result())
+    check("read() gives bytes", np.asarray(bos[2].read(64, 0)).view(np.uint8).tobytes() == views[2][:64].tobytes())
+    part = api.bo(bos[0], 4096, 4096)
+    check("a part of a buffer", np.frombuffer(part.map(), np.uint8).tobytes() == views[0][4096:8192].tobytes())
+    check("a float argument is refused", raises(TypeError, lambda: run.set_arg(2, 1.5)))
+    check("an argument above 32 bits is refused", raises(TypeError, lambda: run.set_arg(2, 1 << 33)))
+    run.set_arg(2, np.int64(len(words)))
+    wrong = made(opcode=2)
+    wrong.start()
+    check("a wrong opcode ends in ERROR", wrong.wait(60000) == states.ERT_CMD_STATE_ERROR)
+    wrong.start()
+    check("wait2 raises", raises(RuntimeError, wrong.wait2))
+    views[2][:] = 0
+    bos[2].sync(directions.XCL_BO_SYNC_BO_TO_DEVICE)
+    chain, links = api.runlist(context), [made(), made()]
+    for link in links:
+        chain.add(link)
+    chain.execute()
+    chain.wait()
+    check("a chain of runs", result())
+    del chain  # the real one crashes if it outlives its context
+
+
+def test_engine(engine: NpuEngine) -> None:
+    """Everything above it: products and attentions of any size."""
+    rng, numpy_engine = np.random.default_rng(2), NumpyEngine()
+    a, b = (rng.integers(-127, 128, shape).astype(np.int8) for shape in ((301, 250), (400, 250)))
+    weights = engine.weights(GEMM, b)
+    check("a product over three launches", bool((engine.gemm(weights, a) == a.astype(int) @ b.astype(int).T).all()))
+    rows, keys = test_case(ATTENTION, rng)
+    rows.last[::3] = rows.first[::3]
+    got, want = (e.attend(ATTENTION, rows, keys) for e in (engine, numpy_engine))
+    check("an attention", all(bool((getattr(got, x) == getattr(want, x)).all()) for x in "mlo"))
+    results: list[bool] = []
+
+    def several() -> None:
+        results.append(bool((engine.gemm(weights, a) == a.astype(int) @ b.astype(int).T).all()))
+
+    threads = [threading.Thread(target=several) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check("four threads at once", results == [True] * 4)
+    context = engine.kernel(GEMM).context
+    buffers = [context.buffer(0, 4096)] * 4
+    check("an argument too many is an error, not a crash", raises(XrtError, lambda: context.launch(buffers)))
+
+
+def test_waiting_lets_others_run(engine: NpuEngine) -> None:
+    """With commands of 200 ms: Python threads run while one waits."""
+    kernel, ticks, stop = engine.kernel(ATTENTION), 0, threading.Event()
+
+    def tick() -> None:
+        nonlocal ticks
+        while not stop.is_set():
+            ticks += 1
+            time.sleep(0.001)
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    rows, keys = test_case(ATTENTION, np.random.default_rng(3))
+    before = ticks
+    with kernel:
+        kernel.submit([pack.query_blocks(ATTENTION, rows), pack.key_blocks(ATTENTION, keys)], lambda raw: None)
+    during = ticks - before
+    stop.set()
+    thread.join()
+    check(f"waiting lets other threads run ({during} steps)", during >= 10)
+
+
+FAULTS = {
+    "hang": "no answer in",
+    "abort": "state ABORT",
+    "error": "state ERROR",
+    "memory": "ulimit -l",
+    "contexts": "no hardware context is free",
+    "truncated": "truncated",
+}
+
+
+def test_fault(make: Callable[[], NpuEngine], fault: str) -> None:
+    """The reason, and that nothing is used after it."""
+    try:
+        engine = make()
+    except XrtError as reason:  # the heap of 64 MiB is locked when the device is opened
+        check(f"{fault}, open: {reason}", FAULTS[fault] in str(reason))
+        return
+    engine.timeout_ms = 500
+    for attempt in range(2):
+        try:
+            engine.prepare(ATTENTION)
+        except Unavailable as reason:
+            check(f"{fault}, call {attempt + 1}: {reason}", FAULTS[fault] in str(reason))
+        else:
+            check(f"{fault}: nothing was noticed", False)
+
+
+def artifact_of(folder: Path, design: Design) -> Artifact:
+    return Artifact(folder / key(design), design, artifacts.HOST_MODEL)
+
+
+def engine_of(kind: str, folder: Path) -> NpuEngine:
+    if kind == "wrapper":
+        return NpuEngine(CXrt(folder / "libunicorn_xrt.so"), folder, True, BUDGET, 60_000)
+    return NpuEngine(PyXrt(module_of(kind), kind), folder, True, BUDGET, 60_000)
+
+
+def module_of(kind: str) -> Any:
+    return importlib.import_module("unicorn_backend.runtime.npu.emulator" if kind == "emulator" else "pyxrt")
+
+
+def main(kind: str, folder: str, fault: str = "") -> int:
+    if fault == "firmware":
+        check("no device", raises(XrtError, lambda: engine_of(kind, Path(folder))))
+    elif fault == "slow":
+        test_waiting_lets_others_run(engine_of(kind, Path(folder)))
+    elif fault:
+        test_fault(lambda: engine_of(kind, Path(folder)), fault)
+    else:
+        if kind != "wrapper":
+            test_module(module_of(kind), Path(folder))
+        test_engine(engine_of(kind, Path(folder)))
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    code = main(*sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(code)  # a command that hangs must not keep the process

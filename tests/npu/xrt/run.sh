@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The contract on the real XRT: Debian sid's libxrt, XDNA driver library and pyxrt in a chroot, over the fake kernel
+# driver. Needs root, debootstrap and, the first time, the network (about 500 MB); the chroot is kept.
+# Exits 0 with a line that starts with "skipped" where it cannot run, 1 if a check fails.
+set -uo pipefail
+cd "$(dirname "$0")/../../.."
+
+root=${UNICORN_XRT_CHROOT:-${XDG_CACHE_HOME:-$HOME/.cache}/unicorn_backend/xrt-chroot}
+packages=python3,python3-numpy,python3-xrt,libxrt2,libxrt-npu2,libxrt-utils,libxrt-dev,uuid-dev,g++
+
+skip() {
+  echo "test-xrt skipped: $*"
+  exit 0
+}
+((EUID == 0)) || skip "it needs root, for chroot"
+if [[ ! -e $root/.complete ]]; then
+  command -v debootstrap >/dev/null || skip "debootstrap is missing (apt install debootstrap)"
+  rm -rf "$root"
+  mkdir -p "$(dirname "$root")"
+  debootstrap --variant=minbase --include=$packages sid "$root" http://deb.debian.org/debian >"$root.log" 2>&1 ||
+    skip "debootstrap failed (no network?): $(tail -1 "$root.log")"
+  touch "$root/.complete"
+fi
+
+# Plain files where the kernel would show an NPU of the first generation.
+device=0000:c4:00.1
+sys=$root/sys/devices/pci0000:00/$device
+rm -rf "$root/sys/bus" "$root/work" "$root/artifacts"
+mkdir -p "$sys/accel/accel0" "$root"/sys/bus/pci/{devices,drivers/amdxdna} "$root/dev/accel"
+: >"$root/dev/accel/accel0"
+for pair in device_type=0 vendor=0x1022 device=0x1502 revision=0x00 vbnv=RyzenAI-npu1; do
+  echo "${pair#*=}" >"$sys/${pair%%=*}"
+done
+ln -s "../../../devices/pci0000:00/$device" "$root/sys/bus/pci/devices/$device"
+ln -s "../../../../devices/pci0000:00/$device" "$root/sys/bus/pci/drivers/amdxdna/$device"
+
+mkdir -p "$root/work/unicorn_backend/runtime" "$root/work/tests/npu" "$root/artifacts"
+cp -r kernels "$root/work/"
+cp unicorn_backend/errors.py "$root/work/unicorn_backend/"
+cp -r unicorn_backend/runtime/npu "$root/work/unicorn_backend/runtime/"
+cp -r tests/npu/xrt "$root/work/tests/npu/"
+
+inside() { chroot "$root" /bin/sh -c "cd /work && $1"; }
+inside "g++ -std=c++20 -O1 -shared -fPIC tests/npu/xrt/fake_amdxdna.cpp -o /artifacts/fake.so &&
+  python3 kernels/build.py wrapper --out /artifacts && python3 tests/npu/xrt/build_all.py /artifacts" >/dev/null ||
+  { echo "test-xrt: building in the chroot failed"; exit 1; }
+
+failed=0
+contract() { # environment, arguments
+  echo "--- $2 ${1:+($1)}"
+  inside "$1 LD_PRELOAD=/artifacts/fake.so timeout 120 python3 tests/npu/xrt/contract.py $2" 2>/dev/null || failed=1
+}
+for binding in pyxrt wrapper; do
+  contract "" "$binding /artifacts"
+  contract FAKE_DELAY_US=200000 "$binding /artifacts slow"
+  contract FAKE_HANG=1 "$binding /artifacts hang"
+  contract FAKE_STATE=6 "$binding /artifacts abort"
+  contract FAKE_STATE=5 "$binding /artifacts error"
+  contract FAKE_MEMORY=8388608 "$binding /artifacts memory"
+  contract FAKE_CONTEXTS=0 "$binding /artifacts contexts"
+  contract FAKE_NO_FIRMWARE=1 "$binding /artifacts firmware"
+done
+cp -r "$root/artifacts" "$root/truncated"
+for file in "$root"/truncated/*/kernel.xclbin; do truncate -s 1000 "$file"; done
+contract "" "pyxrt /truncated truncated"
+rm -rf "$root/truncated"
+((failed)) && echo "test-xrt FAILED" || echo "test-xrt passed: XRT $(chroot "$root" dpkg-query -W -f '${Version}' libxrt2), fake driver, no silicon"
+exit $failed
