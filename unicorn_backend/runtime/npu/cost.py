@@ -2,8 +2,8 @@
 
 Nothing here was measured on an NPU by this project. The defaults are estimates from published figures (int8 GEMM of
 6.8 and 38 TOPS on XDNA 1 and 2, arXiv 2512.13282, at some 75 % of it; launches of 45 to 128 us); the attention core
-at a quarter of the GEMM's rate is a guess. On hardware the self-test times the kernels, and its figures replace the
-defaults for that machine.
+at a quarter of the GEMM's rate is a guess. On hardware the self-tests time one launch of each kernel, tiling on the
+host included, and those figures replace the defaults for that machine from the next placement on.
 """
 
 from __future__ import annotations

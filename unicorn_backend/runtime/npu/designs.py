@@ -88,6 +88,11 @@ class Gemm:
         return self.tile_m * self.generation.rows
 
     @property
+    def operations(self) -> int:
+        """Multiplications and additions of a launch."""
+        return 2 * self.tokens * self.k * self.n
+
+    @property
     def steps(self) -> int:
         return self.k // self.tile_k
 
@@ -155,6 +160,11 @@ class Attention:
     def query_rows(self) -> int:
         """Query rows per launch."""
         return self.rows * self.cores
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of a launch in which half of the pairs are masked (causal)."""
+        return 2 * self.query_rows * self.key_range * self.head_dim
 
     @property
     def key_range(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,7 @@ class NpuDevice:
         self.emulated = emulated
         self.name = "npu (emulated)" if emulated else "npu"
         self.label = f"{xrt.label}{', kernels run on the CPU: nothing here is an NPU' if emulated else ''}"
-        self._root = root
+        self._root, self._key = root, xrt.name
         timeout = 120 * TIMEOUT_MS if emulated else TIMEOUT_MS  # the emulator shares the CPU with everything else
         self.engine = engine or NpuEngine(xrt, root, emulated, BUDGET_BYTES, timeout, builds=emulated)
         self.rates = cost.load(root, self.target, xrt.name)
@@ -73,6 +73,14 @@ class NpuDevice:
         if work.tokens.isdigit() and int(work.tokens) < least:
             return f"{work.tokens} tokens per call; it takes {least} and more: {why}"
         return ""
+
+    def calibrate(self, tops: Mapping[str, float]) -> None:
+        """Keep what the self-tests measured on this machine, once both kernels were; never the emulator's."""
+        if self.emulated or self.rates.source != cost.SOURCE or not {"gemm_i8", "attention_i8"} <= set(tops):
+            return
+        launch_us = self.rates.launch_us  # part of what was timed already; kept, so that short prompts stay pessimistic
+        self.rates = cost.Rates(tops["gemm_i8"], tops["attention_i8"], launch_us, "measured on this machine")
+        cost.store(self._root, self._key, self.rates)
 
     def region(self, op: str, arguments: Sequence[Any]) -> _Region:
         weights = [tensor for position in WEIGHTS[op] for tensor in arguments[position]]
@@ -116,6 +124,8 @@ class _Region:
             with self._lock:
                 if self._on_npu is None:
                     self._on_npu = REGIONS[self._op](self._device.engine, self._device.target, arguments)
+                    if isinstance(self._device.engine, NpuEngine):
+                        self._device.calibrate(self._device.engine.tops)
             result = self._on_npu.run(arguments)
         except (Unavailable, IllegalDesign) as reason:
             return str(reason)

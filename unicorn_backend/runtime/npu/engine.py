@@ -113,7 +113,8 @@ class NpuEngine:
         self.budget_bytes, self.timeout_ms = budget_bytes, timeout_ms
         self.used_bytes = 0
         self.lost = ""
-        self.launches = 0  # for `memory`, tests and reports
+        self.launches = 0
+        self.tops: dict[str, float] = {}  # by kind of kernel: measured, on hardware only
         self._lock = threading.RLock()
         self._kernels: dict[str, _Kernel | str] = {}
         self._kept: list[Any] = []  # what a dead device may still write to
@@ -287,7 +288,6 @@ def _self_test(engine: NpuEngine, kernel: _Kernel) -> str:
     """Bits of one launch on random data against NumPy; the reason if the kernel must not serve."""
     design, rng = kernel.design, np.random.default_rng(0)
     results: list[NDArray[np.uint8]] = []
-    started = time.perf_counter()
     try:
         if isinstance(design, Gemm):
             a = rng.integers(-127, 128, (design.tokens, design.k)).astype(np.int8)
@@ -295,22 +295,27 @@ def _self_test(engine: NpuEngine, kernel: _Kernel) -> str:
             buffer = engine.buffer(kernel.context, 1, design.buffer_bytes[1])
             buffer.data[:] = pack.gemm_b(design, b)
             buffer.to_device()
+            started = time.perf_counter()
             with kernel:
                 kernel.submit([pack.gemm_a(design, a), buffer], lambda raw: results.append(raw.copy()))
+            seconds = time.perf_counter() - started
             engine.used_bytes -= design.buffer_bytes[1]
             for slot in kernel._slots:  # the next product brings its own
                 slot.launch = None
             same = bool((pack.gemm_c(design, results[0]) == arithmetic.gemm(a, b.T)).all())
         else:
             rows, keys = test_case(design, rng)
+            started = time.perf_counter()
             with kernel:
                 inputs = [pack.query_blocks(design, rows), pack.key_blocks(design, keys)]
                 kernel.submit(inputs, lambda raw: results.append(raw.copy()))
+            seconds = time.perf_counter() - started
             got, want = pack.states(design, results[0]), arithmetic.attend(rows, keys)
             same = all(bool((getattr(got, x) == getattr(want, x)).all()) for x in "mlo")
     except Unavailable as error:
         return str(error)
-    log.debug("self-test of %s: %.1f ms", key(design), 1e3 * (time.perf_counter() - started))
+    if same and not engine._emulated:  # the test's own launch, with copies and tiling: what a caller gets
+        engine.tops[design.kind] = design.operations / seconds / 1e12
     return "" if same else f"kernel {key(design)} does not give the CPU's integers on this machine: it must not serve"
 
 
