@@ -21,6 +21,8 @@ enum class Scheme : int { w4g32 = 0, w8c = 1, w8a = 2, w4n32 = 3, w8g32 = 4 };
 // Bytes of a group's 16 rows, by scheme.
 constexpr int64_t kGroupBytes[] = {kW4GroupBytes, kW8GroupBytes, kW8GroupBytes, kW4GroupBytes, kW8GroupBytes};
 constexpr int64_t group_bytes(Scheme scheme) { return kGroupBytes[static_cast<int>(scheme)]; }
+// True if every group of a row has a scale, false if every row has one.
+constexpr bool scaled(Scheme scheme) { return scheme != Scheme::w8c && scheme != Scheme::w8a; }
 
 struct Weight {
   Scheme scheme = Scheme::w4g32;

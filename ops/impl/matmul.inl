@@ -108,10 +108,9 @@ void tile_times(const Weight& w, int64_t tile, Cursor a, int64_t groups, float* 
     }
     p += group_bytes(S);
   }
-  constexpr bool kPerRow = S == Scheme::w8c || S == Scheme::w8a;
-  const vf row_scale = kPerRow ? load(static_cast<const float*>(w.scale) + tile * kRows) : set(1.0f);
+  const vf row_scale = scaled(S) ? set(1.0f) : load(static_cast<const float*>(w.scale) + tile * kRows);
 #pragma GCC unroll 16
-  for (int t = 0; t < T; ++t) store(out + kRows * t, kPerRow ? mul(sum[t], row_scale) : sum[t]);
+  for (int t = 0; t < T; ++t) store(out + kRows * t, scaled(S) ? sum[t] : mul(sum[t], row_scale));
 }
 
 // The kernel for T tokens; only the sizes that fit the registers exist.
@@ -168,61 +167,4 @@ int64_t multiply(const Weight& w, int64_t tile, const Activations& a, int64_t fi
     t += tokens;
   }
   return block.stride;
-}
-
-// Tokens whose activations stay in half of a 1 MiB L2 while all weights pass by.
-INLINE int64_t chunk_tokens(const Activations& a) {
-  const int64_t fit = (512 << 10) / (a.groups * kGroup) / kBlock * kBlock;
-  return fit < kBlock ? kBlock : fit;
-}
-
-INLINE vf with_bias(const float* y, const Array& bias, int64_t row, int64_t n) {
-  return bias.data == nullptr ? load(y) : add(load(y), load16(bias, row, n - row));
-}
-
-void linear(const LinearArgs& p, Range tiles) {
-  alignas(64) float y[kBlock * kRows];
-  const int64_t chunk = chunk_tokens(p.a);
-  for (int64_t begin = 0; begin < p.a.rows; begin += chunk) {
-    const int64_t end = begin + chunk < p.a.rows ? begin + chunk : p.a.rows;
-    for (int64_t tile = tiles.begin; tile < tiles.end; ++tile) {
-      const int64_t row = tile * kRows;
-      for (int64_t m = begin; m < end; m += kBlock) {
-        const int64_t tokens = multiply(p.w, tile, p.a, m, y);
-        for (int64_t t = 0; t < tokens; ++t) {
-          store16(p.out, (m + t) * p.stride + row, with_bias(y + t * kRows, p.bias, row, p.w.n), p.w.n - row);
-        }
-      }
-    }
-  }
-}
-
-// act(gate) * up for 32 rows of both weights and one block of tokens: one group of the next activations.
-void gate_block(const GateArgs& p, int64_t group, int64_t m) {
-  alignas(64) float gate[kBlock * kRows], up[kBlock * kRows], product[kBlock * kGroup] = {};
-  const int64_t tiles = (p.gate.n + kRows - 1) / kRows;
-  int64_t tokens = 0;
-  for (int64_t tile = 2 * group; tile < 2 * group + 2 && tile < tiles; ++tile) {
-    const int64_t row = tile * kRows;
-    tokens = multiply(p.gate, tile, p.a, m, gate);
-    multiply(p.up, tile, p.a, m, up);
-    for (int64_t t = 0; t < tokens; ++t) {
-      const vf g = with_bias(gate + t * kRows, p.gate_bias, row, p.gate.n);
-      const vf u = with_bias(up + t * kRows, p.up_bias, row, p.up.n);
-      store(product + t * kGroup + row % kGroup, mul(activate(p.act, g), u));
-    }
-  }
-  for (int64_t t = 0; t < tokens; ++t) {
-    Token(p.out, m + t).quantize(group, load(product + t * kGroup), load(product + t * kGroup + kRows));
-  }
-}
-
-void gate(const GateArgs& p, Range groups) {
-  const int64_t chunk = chunk_tokens(p.a);
-  for (int64_t begin = 0; begin < p.a.rows; begin += chunk) {
-    const int64_t end = begin + chunk < p.a.rows ? begin + chunk : p.a.rows;
-    for (int64_t group = groups.begin; group < groups.end; ++group) {
-      for (int64_t m = begin; m < end; m += kBlock) gate_block(p, group, m);
-    }
-  }
 }

@@ -119,6 +119,29 @@ INLINE void dots(const vi* w, const int8_t* a, vi* sum) {
 #pragma GCC unroll 4
   for (int t = 0; t < T; ++t) sum[t] = T == 1 ? _mm512_add_epi32(chain[0], chain[1]) : chain[t];
 }
+// sum[2 t + r] += w[r] times the activations of token t, for two tiles. The empty asm keeps the broadcast in a
+// register.
+template <int T>
+INLINE void dots_two(const uint8_t* w0, const uint8_t* w1, const int8_t* a, vi* sum) {
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    const vi x0 = _mm512_loadu_si512(w0 + 64 * c), x1 = _mm512_loadu_si512(w1 + 64 * c);
+#pragma GCC unroll 8
+    for (int t = 0; t < T; ++t) {
+      int32_t four;
+      __builtin_memcpy(&four, a + kGroup * t + 4 * c, 4);
+      vi both = _mm512_set1_epi32(four);
+      __asm__("" : "+v"(both));
+      sum[2 * t] = _mm512_dpbusd_epi32(sum[2 * t], x0, both);
+      sum[2 * t + 1] = _mm512_dpbusd_epi32(sum[2 * t + 1], x1, both);
+    }
+  }
+}
+INLINE vi broadcast(int32_t x) { return _mm512_set1_epi32(x); }
+INLINE void store_group(uint8_t* to, const vi* v) {
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) _mm512_storeu_si512(to + 64 * c, v[c]);
+}
 template <int T>
 INLINE void dots4(const Group4& g, const int8_t* a, const int32_t* sum8, vi* sum) {
 #pragma GCC unroll 4

@@ -10,6 +10,8 @@ namespace {
 #include "../impl/rows.inl"
 // uses rows.inl
 #include "../impl/matmul.inl"
+// uses matmul.inl
+#include "../impl/gemm.inl"
 // uses rows.inl
 #include "../impl/lookup.inl"
 // uses matmul.inl

@@ -38,6 +38,22 @@ def test_linear(scheme: str, m: int) -> None:
     same(everywhere(lambda: OPS.linear(x, w, bias, 70)))
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("m", [17, 31, 525])
+def test_linear_of_many_tokens(scheme: str, m: int) -> None:
+    """An odd number of tiles, more columns and tokens than are taken at a time, and short last blocks."""
+    w, x = make_weight(70, 1100, scheme), torch.randn(m, 1100)
+    same(everywhere(lambda: OPS.linear(x, w, None, 70)))
+
+
+@pytest.mark.parametrize("schemes", [("w4g32",) * 3, ("w4g32", "w8c", "w4g32"), ("w8a",) * 3], ids=str)
+def test_ffn_of_many_tokens(schemes: tuple[str, str, str]) -> None:
+    args = ffn_args(
+        45, 1100, 120, 70, schemes, torch.float32, act="silu", pre=True, post=True, residual=True, bias=True
+    )
+    same(everywhere(lambda: OPS.int4_ffn(*args)))
+
+
 @pytest.mark.parametrize("act", ["gelu_tanh", "gelu", "silu", "relu"])
 @pytest.mark.parametrize("m", [1, 13])
 def test_ffn(act: str, m: int) -> None:
