@@ -127,6 +127,8 @@ bool multiply_two(const Tile& one, const Tile& other, const Activations& a, Rang
     case Scheme::w8g32:
       multiply_two<Scheme::w8g32>(tiles, a, tokens, out);
       break;
+    default:
+      return false;
   }
   return true;
 }
