@@ -19,7 +19,20 @@ from unicorn_backend import __main__ as cli
 from unicorn_backend import bench, doctor, hub, measure, models, table
 from unicorn_backend.errors import CheckpointError, OptionError, UnicornError
 
-COMMANDS = ("demo", "run", "chat", "doctor", "download", "quantize", "verify", "eval", "explain", "bench")
+COMMANDS = (
+    "demo",
+    "run",
+    "chat",
+    "doctor",
+    "download",
+    "serve",
+    "publish",
+    "quantize",
+    "verify",
+    "eval",
+    "explain",
+    "bench",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +161,27 @@ def test_download_errors(monkeypatch: pytest.MonkeyPatch) -> None:
         hub.download("a/b")
 
 
+def test_publish_checks_and_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    call("quantize", "tiny", "-o", str(out))
+    plan = call_json("publish", str(out), "--repo", "me/tiny-unicorn")
+    assert plan["url"] == "" and {"model.safetensors", "README.md"} <= {name for name, _ in plan["files"]}
+    assert "nothing was uploaded" in call("publish", str(out), "--repo", "me/tiny-unicorn")
+    with pytest.raises(CheckpointError, match="HF_HUB_OFFLINE"):
+        call("publish", str(out), "--repo", "me/tiny-unicorn", "--yes")
+    with pytest.raises(CheckpointError, match="--repo"):
+        call("publish", str(out), "--repo", "not/a/repo")
+    sent: list[str] = []
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hub.HfApi, "create_repo", lambda _, repo, private, exist_ok: sent.append(f"{repo} {private}"))
+    monkeypatch.setattr(hub.HfApi, "upload_folder", lambda _, **what: f"https://hub/{what['repo_id']}")
+    assert call_json("publish", str(out), "--repo", "me/x", "--yes")["url"] == "https://hub/me/x"
+    assert sent == ["me/x True"]
+    (out / "README.md").unlink()
+    with pytest.raises(CheckpointError, match="model card"):
+        call("publish", str(out), "--repo", "me/x")
+
+
 def test_sampling_repeats_with_its_seed() -> None:
     first, again, other = (call_json("run", "The film", "-n", "12", "-t", "1", "--seed", s)["text"] for s in "112")
     assert first == again != other
@@ -217,7 +251,8 @@ def test_explain_shows_both_graphs() -> None:
 
 def test_bench_measures_and_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
-    text = call("bench", "-p", "16", "-n", "4", "--rounds", "2", "--output", str(out))
+    args = ("bench", "-p", "16", "-n", "4", "--rounds", "2", "--context", "40", "--output", str(out))
+    text = call(*args)
     result = json.loads(out.read_text())
     ours, eager = result["systems"]
     assert (ours["name"], eager["name"]) == ("unicorn", "eager bf16")
@@ -226,6 +261,17 @@ def test_bench_measures_and_writes_json(tmp_path: Path) -> None:
     assert ours["decode_ratio"] > 0 and eager["decode_ratio"] == 1
     assert result["provenance"]["torch"] and result["bandwidth"]["ceiling_gbps"] > 0
     assert "unicorn" in text and "eager bf16" in text
+    (at,) = result["contexts"]
+    assert at["prompt_tokens"] == 40 and [row["name"] for row in at["systems"]] == ["unicorn", "eager bf16"]
+    assert all(row["first_token_s"] > 0 and row["decode_tok_s"] > 0 for row in at["systems"])
+    result["recipe"], result["systems"][0]["decode_tok_s"]["median"] = "q4", ours["decode_tok_s"]["median"] * 2
+    (tmp_path / "other.json").write_text(json.dumps(result))
+    compared = call_json("bench", "--compare", str(out), str(tmp_path / "other.json"))
+    assert compared["systems"][0]["decode"] == pytest.approx(2) and compared["systems"][0]["same_logits"]
+    assert compared["differs"] == ["recipe: default and q4"] and compared["bandwidth"] == 1
+    assert "2.00x" in call("bench", "--compare", str(out), str(tmp_path / "other.json"))
+    with pytest.raises(OptionError, match="no result of"):
+        call("bench", "--compare", str(out), str(tmp_path / "missing.json"))
 
 
 def test_bench_runs_a_peer(tmp_path: Path) -> None:

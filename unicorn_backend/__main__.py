@@ -27,6 +27,7 @@ from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
 from unicorn_backend.generation.conversation import Conversation
 from unicorn_backend.generation.engine import Engine, Result, Settings
 from unicorn_backend.generation.live import stream_answer
+from unicorn_backend.options import api_key as environment_api_key
 from unicorn_backend.quantize import evaluate, stream
 from unicorn_backend.quantize import verify as verification
 from unicorn_backend.quantize.quality import WINDOW
@@ -148,6 +149,36 @@ def chat_command(
 
 
 @app.command()
+def serve(
+    model: Model = "tiny",
+    recipe: Recipe = "default",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    name: Annotated[str, typer.Option(help="Name of the model for clients; the last part of --model without.")] = "",
+    api_key: Annotated[str, typer.Option(help="What clients must send; UNICORN_API_KEY without.")] = "",
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; the next gets 503.")] = 64,
+    per_client: Annotated[int, typer.Option(min=1, help="Requests of one client at a time; the next gets 429.")] = 16,
+    max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request; a larger one gets 413.")] = 1 << 20,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request names no limit.")] = 1024,
+    prefix_mb: Annotated[int, typer.Option(min=0, help="Keys and values kept between requests.")] = 1024,
+    speculate: Speculate = False,
+) -> None:
+    """Serve a model with the OpenAI API: chat completions, completions, models; /metrics, /health and a stats page.
+
+    Requests run one after another; a prompt computes only what no earlier one had. Needs the extra `serve`.
+
+    Examples: `unicorn serve`, `unicorn serve -m google/gemma-3-4b-it --port 8080 --api-key secret --speculate`
+    """
+    try:
+        from unicorn_backend.server import run as server
+    except ModuleNotFoundError as error:
+        raise OptionError(f"serve needs {error.name}: pip install 'unicorn-backend[serve]'") from error
+    engine = Engine(model, recipe, prefix_bytes=prefix_mb << 20)
+    limits = server.Limits(queue, per_client, max_body, max_tokens)
+    server.serve(engine, host, port, limits, api_key or environment_api_key(), speculate, name)
+
+
+@app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check this machine: versions, kernels, CPU, memory and its bandwidth, GPU, NPU, each with its fix.
 
@@ -185,6 +216,24 @@ def download(
         typer.echo(json.dumps(dataclasses.asdict(result)))
     else:
         typer.echo(str(result))
+
+
+@app.command()
+def publish(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Checkpoint written by `unicorn quantize`.")],
+    repository: Annotated[str, typer.Option("--repo", help="Hub id to write to, such as me/gemma-3-4b-unicorn.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Really upload; without it the files are only listed.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check a quantized checkpoint and show what would be uploaded to the hub; with --yes upload it.
+
+    The base model's licence holds for what is made from it.
+
+    Examples: `unicorn publish gemma-3-4b-unicorn --repo me/gemma-3-4b-unicorn`
+    """
+    result = hub.publish(folder, repository, upload=yes, private=not public)
+    typer.echo(json.dumps(dataclasses.asdict(result)) if as_json else str(result))
 
 
 @app.command()
@@ -311,17 +360,28 @@ def bench(
         list[str] | None, typer.Option(metavar="NAME=LLAMA_BENCH", help="Compare with a program; repeat.")
     ] = None,
     gguf: Annotated[Path | None, typer.Option(help="Model file of the peers.")] = None,
+    context: Annotated[
+        list[int] | None, typer.Option(min=1, help="Also first token and decode after a prompt of so many; repeat.")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(metavar="OLD NEW", help="Measure nothing; compare two JSON files.")
+    ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Also write the JSON here.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure tokens per second next to the memory ceiling and to eager bf16, interleaved.
 
     Examples: `unicorn bench`, `unicorn bench -m gemma3-1b -p 512 -n 128 --output 1b.json`,
+    `unicorn bench --context 512 --context 2000`, `unicorn bench --compare before.json after.json`,
     `unicorn bench -m gemma3-1b --peer llama.cpp=./llama-bench --gguf gemma-3-1b-q4_0.gguf`
     """
+    if compare is not None:
+        changes = benchmark.compare(*map(benchmark.load_result, compare))
+        typer.echo(json.dumps(changes, indent=2) if as_json else benchmark.compare_report(changes))
+        return
     if threads:
         torch.set_num_threads(threads)
-    work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, recipe)
+    work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, recipe, tuple(context or ()))
     result = benchmark.bench(work, eager=eager, peers=[benchmark.Peer.parse(spec, gguf) for spec in peer or ()])
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

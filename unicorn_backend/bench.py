@@ -71,6 +71,7 @@ class Workload:
     new_tokens: int = 64
     rounds: int = 5
     recipe: str = "default"
+    contexts: tuple[int, ...] = ()  # further prompt lengths: first token and decode speed at each
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,26 @@ def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> 
         "recipe": work.recipe,
         "bandwidth": {"before_gbps": before, "after_gbps": after, "ceiling_gbps": ceiling},
         "systems": rows,
+        "contexts": [_at_context(systems, work, tokens) for tokens in work.contexts],
         "bugs": [f"{row['name']}: {row['bandwidth_share']:.0%} of bandwidth" for row in rows if row["is_bug"]],
         "provenance": measure.provenance(),
     }
+
+
+def _at_context(systems: Sequence[System], work: Workload, tokens: int) -> dict[str, Any]:
+    """First-token time and decode speed of the Hugging Face systems after a prompt of `tokens`."""
+    ids = models.sample_ids(tokens, work.model)
+    runs = {s.name: partial(measure.generate_timed, s.model, ids, work.new_tokens) for s in systems if s.model}
+    timings = measure.interleave(runs, work.rounds)
+    rows = [
+        {
+            "name": name,
+            "first_token_s": statistics.median(tokens / t.prefill_tok_s for t in times),
+            "decode_tok_s": statistics.median(t.decode_tok_s for t in times),
+        }
+        for name, times in timings.items()
+    ]
+    return {"prompt_tokens": tokens, "systems": rows}
 
 
 def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peers: Sequence[Peer]) -> list[System]:
@@ -189,8 +207,58 @@ def report(result: dict[str, Any]) -> str:
     ]
     if any(row["in_cache"] for row in result["systems"]):
         lines.append("(c) the weights fit in the last-level cache, so the share of memory bandwidth says little")
+    if result.get("contexts"):
+        at_context = [
+            (str(at["prompt_tokens"]), row["name"], f"{row['first_token_s'] * 1e3:.0f}", f"{row['decode_tok_s']:.1f}")
+            for at in result["contexts"]
+            for row in at["systems"]
+        ]
+        lines += ["", table.text(("after a prompt of", "", "first token, ms", "decode tok/s"), at_context)]
     lines += [f"BUG: {bug}; more than the memory can deliver" for bug in result["bugs"]]
     return "\n".join(lines)
+
+
+def load_result(path: Path) -> dict[str, Any]:
+    """A JSON file that `unicorn bench --output` wrote."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+        if result["schema"] == SCHEMA and result["systems"]:
+            return dict(result)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError(f"--compare: {path} is no result of `unicorn bench --output`: {error!r}") from error
+    raise OptionError(f"--compare: {path} has schema {result['schema']!r}, this version reads {SCHEMA}")
+
+
+def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """What changed between two results: ratios new / old per system and phase, and why they may not be comparable."""
+    before = {row["name"]: row for row in old["systems"]}
+    rows = []
+    for row in new["systems"]:
+        if row["name"] in before:
+            ratios = {
+                phase: row[f"{phase}_tok_s"]["median"] / before[row["name"]][f"{phase}_tok_s"]["median"]
+                for phase in ("decode", "prefill")
+            }
+            hashes = {before[row["name"]]["last_logits_sha256"], row["last_logits_sha256"]}
+            rows.append({"name": row["name"], **ratios, "same_logits": len(hashes) == 1})
+    keys = ("model", "recipe", "prompt_tokens", "new_tokens")
+    differs = [f"{key}: {old[key]} and {new[key]}" for key in keys if old[key] != new[key]]
+    for key in ("cpu", "threads", "torch", "transformers"):
+        a, b = old["provenance"].get(key), new["provenance"].get(key)
+        differs += [f"{key}: {a} and {b}"] * (a != b)
+    bandwidth = new["bandwidth"]["ceiling_gbps"] / old["bandwidth"]["ceiling_gbps"]
+    return {"systems": rows, "bandwidth": bandwidth, "differs": differs}
+
+
+def compare_report(result: dict[str, Any]) -> str:
+    """`compare` for people."""
+    rows = [
+        (r["name"], f"{r['decode']:.2f}x", f"{r['prefill']:.2f}x", "the same" if r["same_logits"] else "DIFFERENT")
+        for r in result["systems"]
+    ]
+    lines = [table.text(("new / old", "decode", "prefill", "last logits"), rows)]
+    lines.append(f"memory bandwidth {result['bandwidth']:.2f}x: speeds bounded by it move alike")
+    return "\n".join(lines + [f"not the same {line}" for line in result["differs"]])
 
 
 def cells(row: dict[str, Any]) -> list[str]:

@@ -20,6 +20,11 @@ def forced_isa() -> str:
     return os.environ.get("UNICORN_ISA", "")
 
 
+def api_key() -> str:
+    """UNICORN_API_KEY: what clients of `unicorn serve` must send; "" lets everybody in."""
+    return os.environ.get("UNICORN_API_KEY", "")
+
+
 def cache_folder() -> Path | None:
     """UNICORN_CACHE_DIR: where compiled graphs are kept; UNICORN_CACHE=0 keeps none."""
     if os.environ.get("UNICORN_CACHE", "1").lower() in ("0", "off", "false", "no"):

@@ -6,21 +6,14 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from unicorn_backend import models
+from tests.engines import make_engine
 from unicorn_backend.generation.engine import Engine
-
-LAYERS = 3  # sliding, sliding, full: compiles in half the time of all six
 
 
 @pytest.fixture(scope="package")
 def shared_engine(tiny_weights: dict[str, torch.Tensor]) -> Engine:
-    config = AutoConfig.from_pretrained(models.TINY, num_hidden_layers=LAYERS)
-    config.layer_types = config.layer_types[:LAYERS]
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.load_state_dict(tiny_weights, strict=False)
-    return Engine("tiny", model=model.eval())
+    return make_engine(tiny_weights)  # type: ignore[no-any-return]
 
 
 @pytest.fixture

@@ -35,7 +35,7 @@ def test_pieces_add_up_and_are_more_than_one(engine: Engine) -> None:
 
 
 def test_seeds_and_their_independence(engine: Engine) -> None:
-    ids = engine.encode("The")
+    ids = engine.encode("The film")
     first = engine.generate(ids, Settings(16, temperature=1.0, seed=3)).ids
     torch.rand(5)  # the process-wide generator is not involved
     again = engine.generate(ids, Settings(16, temperature=1.0, seed=3)).ids
@@ -58,7 +58,9 @@ def test_logprobs_are_those_of_the_model(engine: Engine) -> None:
     result = engine.generate(ids, Settings(4, top_logprobs=3, repetition_penalty=1.5))
     with torch.no_grad():
         inputs = {"past_key_values": new_cache(engine.model), "position_ids": torch.arange(len(ids))[None]}
-        logits = engine._original(torch.tensor([ids]), **inputs, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = engine.original(
+            torch.tensor([ids]), **inputs, use_cache=True, logits_to_keep=1, return_dict=True
+        ).logits[0, -1]
     logits = logits.float().log_softmax(-1)
     first = result.logprobs[0]
     assert len(result.logprobs) == 4 and len(first.top) == 3
@@ -138,3 +140,13 @@ def test_a_model_without_a_template_is_no_chat_model(engine: Engine, monkeypatch
     monkeypatch.setattr(engine.tokenizer, "chat_template", None)
     with pytest.raises(RequestError, match="no chat template"):
         Conversation(engine).ask("Hello")
+
+
+def test_the_profiler_shows_our_ops(engine: Engine) -> None:
+    ids = engine.encode(PROMPT)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        engine.generate(ids, Settings(5, ignore_eos=True))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    layers = engine.config.num_hidden_layers
+    for op in ("int8_qkv", "int8_attention", "int4_ffn"):
+        assert counts.get(f"unicorn::{op}") == 5 * layers, counts

@@ -104,6 +104,13 @@ def test_a_trimmed_cache_goes_on(engine: Engine) -> None:
     assert_same(engine, TEXT[:600] + result.ids + TEXT[800:820], reused=605)
 
 
+def test_every_kept_conversation_goes_on(engine: Engine) -> None:
+    firsts = [engine.generate(TEXT[start : start + 20 + start // 10], NEW) for start in (0, 100, 200)]
+    for start, first in zip((0, 100, 200), firsts, strict=True):
+        turn = TEXT[start : start + 20 + start // 10] + first.ids + TEXT[500:503]
+        assert engine.generate(turn, NEW).reused_tokens == len(turn) - 4
+
+
 def test_the_budget_holds(engine: Engine) -> None:
     engine.prefixes.budget_bytes = 1 << 20  # some 680 tokens of 1.5 kB
     for start in (0, 100, 200, 300):

@@ -111,7 +111,7 @@ class Engine:
         self.name = str(name)
         self.tokenizer = models.load_tokenizer(name) if tokenizer is None else tokenizer
         original = models.load(name) if model is None else model
-        self._original = original
+        self.original = original
         self.model: Any = torch.compile(original, backend="unicorn", options={"recipe": recipe})
         self.config = original.config.get_text_config()
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
@@ -202,11 +202,12 @@ class Engine:
         cancelled: threading.Event | None = None,
     ) -> Result:
         """Continue `ids`. Blocks; requests of other threads wait. Raises RequestError if the prompt does not fit."""
-        self._check(ids)
+        self.check(ids)
         with self._lock:
             return self._generate(list(ids), settings, on_text, cancelled)
 
-    def _check(self, ids: Sequence[int]) -> None:
+    def check(self, ids: Sequence[int]) -> None:
+        """Raises RequestError if these ids cannot be continued."""
         if not ids:
             raise RequestError("the prompt is empty: got 0 tokens, at least 1 is needed")
         if len(ids) >= self.context:
@@ -247,7 +248,7 @@ class Engine:
                 stopped = "stop"
             return bool(stopped)
 
-        graphs = len(plans_of(self._original))
+        graphs = len(plans_of(self.original))
         loop = Loop(on_token, _generator(settings), Drafter(costs=self._costs) if settings.speculate else None)
         limit = min(settings.max_new_tokens, self.context - len(ids))
         sequence = self.model.generate(
@@ -275,7 +276,7 @@ class Engine:
             calls=loop.calls,
             drafted=loop.drafted,
             accepted=loop.accepted,
-            compiled=len(plans_of(self._original)) - graphs,
+            compiled=len(plans_of(self.original)) - graphs,
             logprobs=logprobs,
         )
 
@@ -294,7 +295,7 @@ class Engine:
 
     def _end_tokens(self) -> frozenset[int]:
         """Ids that end a text: of the model's generation config, or the tokenizer's."""
-        known = self._original.generation_config.eos_token_id
+        known = self.original.generation_config.eos_token_id
         ids = [known] if isinstance(known, int) else list(known or ())
         return frozenset(ids or [i for i in [self.tokenizer.eos_token_id] if i is not None])
 

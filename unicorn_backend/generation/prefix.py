@@ -103,7 +103,7 @@ class Taken:
     note: str
 
 
-@dataclass
+@dataclass(eq=False)
 class _Entry:
     ids: np.ndarray
     cache: Any

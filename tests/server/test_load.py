@@ -1,0 +1,138 @@
+"""Many clients at once, clients that leave or do not read: nothing is lost, and nothing stays behind."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from typing import Any
+
+import openai
+import pytest
+
+from tests.server.conftest import eventually
+from unicorn_backend.generation.meter import resident_bytes
+from unicorn_backend.server.app import Limits
+
+CLIENTS = 200
+PROMPTS = ("The film is a", "The water", "In the year", "A new")
+
+
+def client_of(server: Any) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0, timeout=300)
+
+
+async def stream(client: openai.AsyncOpenAI, prompt: str, tokens: int = 8) -> tuple[str, str | None]:
+    """Text and finish reason of a streamed completion."""
+    parts, finish = [], None
+    extra = {"ignore_eos": True}
+    chunks = await client.completions.create(
+        model="tiny", prompt=prompt, max_tokens=tokens, temperature=0, stream=True, extra_body=extra
+    )
+    async for chunk in chunks:
+        parts.append(chunk.choices[0].text)
+        finish = chunk.choices[0].finish_reason or finish
+    return "".join(parts), finish
+
+
+def test_hundreds_of_clients_all_get_their_answer(start: Any) -> None:
+    async def all_at_once(server: Any) -> list[tuple[str, str | None]]:
+        client = client_of(server)
+        return await asyncio.gather(*(stream(client, PROMPTS[i % len(PROMPTS)]) for i in range(CLIENTS)))
+
+    with start(limits=Limits(queue=CLIENTS, per_client=CLIENTS)) as server:
+        first = asyncio.run(all_at_once(server))
+        before = resident_bytes()
+        answers = asyncio.run(all_at_once(server))
+        grown = resident_bytes() - before
+        assert server.worker.waiting == 0 and eventually(lambda: not server._clients)
+    assert first == answers and len(answers) == CLIENTS
+    assert {finish for _, finish in answers} == {"length"}
+    assert len(set(answers)) == len(PROMPTS), "every client of a prompt got the same text"
+    assert grown < 30 << 20, f"memory grew by {grown >> 20} MB over {CLIENTS} requests"
+
+
+def test_a_flood_is_turned_away_without_losing_what_was_accepted(start: Any) -> None:
+    async def flood(server: Any) -> list[Any]:
+        client = client_of(server)
+        work = (stream(client, PROMPTS[i % len(PROMPTS)], 16) for i in range(100))
+        return await asyncio.gather(*work, return_exceptions=True)
+
+    with start(limits=Limits(queue=5, per_client=1000)) as server:
+        results = asyncio.run(flood(server))
+        answered = [r for r in results if isinstance(r, tuple)]
+        refused = [r for r in results if isinstance(r, openai.APIStatusError)]
+        assert len(answered) + len(refused) == 100 and len(answered) >= 5 and refused
+        assert {r.status_code for r in refused} == {503}
+        assert all(r.response.headers["retry-after"] for r in refused)
+        assert {finish for _, finish in answered} == {"length"}
+    with start(limits=Limits(queue=1000, per_client=3)) as server:
+        results = asyncio.run(flood(server))
+        refused = [r for r in results if isinstance(r, openai.APIStatusError)]
+        assert {r.status_code for r in refused} == {429} and 3 <= 100 - len(refused) < 100
+
+
+def open_stream(server: Any, tokens: int) -> socket.socket:
+    """A connection that has asked for a stream and reads nothing yet."""
+    body = {"prompt": "The film", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    data = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection = socket.create_connection(server.address, timeout=60)
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def test_who_leaves_is_no_longer_worked_for(start: Any) -> None:
+    with start(limits=Limits(queue=4)) as server:
+        running = open_stream(server, 2000)
+        assert running.recv(4096).startswith(b"HTTP/1.1 200")
+        waiting = [open_stream(server, 2000) for _ in range(4)]
+        assert eventually(lambda: server.worker.waiting == 4)
+        for connection in waiting:  # never started: their places are free at once
+            connection.close()
+        assert eventually(lambda: server.worker.waiting == 0)
+        running.close()
+        assert eventually(lambda: server.worker.running is None)
+        assert eventually(lambda: server.metrics.cancelled._value.get() == 5)
+        assert server.metrics.new_tokens._value.get() < 2000
+        assert asyncio.run(stream(client_of(server), "The film is a"))[1] == "length"
+        assert not server._clients
+
+
+def test_a_whole_answer_is_cancelled_too(start: Any) -> None:
+    with start() as server:
+        data = json.dumps({"prompt": "The film", "max_tokens": 2000, "ignore_eos": True}).encode()
+        connection = socket.create_connection(server.address, timeout=60)
+        connection.sendall(
+            f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
+        )
+        assert eventually(lambda: server.worker.running is not None)
+        connection.close()
+        assert eventually(lambda: server.worker.running is None and not server._clients)
+        assert server.metrics.new_tokens._value.get() < 2000
+
+
+def test_slow_readers_hold_nobody_up(start: Any) -> None:
+    with start() as server:
+        slow = [open_stream(server, 500) for _ in range(3)]
+        assert asyncio.run(stream(client_of(server), "The film is a"))[1] == "length"
+        for connection in slow:
+            received = b""
+            while not received.endswith(b"0\r\n\r\n"):
+                part = connection.recv(65536)
+                assert part, "the stream broke off"
+                received += part
+            assert received.count(b"data: ") > 100 and b"[DONE]" in received
+            connection.close()
+
+
+def test_stopping_ends_what_runs(start: Any) -> None:
+    with start() as server:
+        connection = open_stream(server, 2000)
+        assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+        server.worker.stop()
+        assert not server.worker.alive
+        connection.close()
+        client = openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0)
+        with pytest.raises(openai.InternalServerError):
+            client.completions.create(model="tiny", prompt="a")
