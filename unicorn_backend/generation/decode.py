@@ -59,6 +59,7 @@ class Loop:
             self.drafter.extend(input_ids[0].tolist())
         done = False
         while not done:
+            begin = time.perf_counter()
             known = cache.get_seq_length()
             room = generation_config.max_length - length - 1
             draft = self.drafter.propose(room) if self.drafter is not None and known == length - 1 else []
@@ -82,11 +83,12 @@ class Loop:
             self.drafted += len(draft)
             self.accepted += accepted
             cut(cache, len(draft) - accepted)
+            if self.drafter is not None and self.calls > 1:
+                self.drafter.took(len(draft) + 1, time.perf_counter() - begin)
         return ids[:, :length]
 
     def _call(self, model: Any, ids: Tensor, known: int, drafted: int, model_kwargs: dict[str, Any]) -> Tensor:
         """Logits [drafted + 1, V] of the last positions of ids [1, T], of which the cache has the first `known`."""
-        start = time.perf_counter()
         new = ids.shape[1] - known
         inputs = model.prepare_inputs_for_generation(
             ids,
@@ -97,10 +99,7 @@ class Loop:
             **model_kwargs,
         )
         self.calls += 1
-        logits: Tensor = model(**inputs, return_dict=True).logits[0].float()
-        if self.drafter is not None and self.calls > 1:
-            self.drafter.took(new, time.perf_counter() - start)
-        return logits
+        return model(**inputs, return_dict=True).logits[0].float()  # type: ignore[no-any-return]
 
     def _choose(self, scores: Tensor, sample: bool) -> int:
         """One token of processed scores [1, V]."""
