@@ -72,11 +72,23 @@ def placement(model: Any) -> set[tuple[str, str, str]]:
     return {(s.kind, s.device, s.reason) for plan in unicorn_backend.explain(model).plans for s in plan.steps}
 
 
-def test_every_region_runs_where_it_is_placed(
-    model: Any, want: list[int], sample_ids: torch.Tensor, null: NullDevice
+def test_every_region_runs_where_it_is_placed_and_the_cache_keeps_no_device(
+    model: Any,
+    want: list[int],
+    sample_ids: torch.Tensor,
+    null: NullDevice,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Any,
 ) -> None:
-    ids = sample_ids[:, :9]
-    assert tokens(model, ids, devices=["cpu", "null"]) == want
+    monkeypatch.setenv("UNICORN_CACHE", "1")
+    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path))
+    dumped: list[Any] = []
+    plain = compile_cache.graph_file.dump
+    monkeypatch.setattr(compile_cache.graph_file, "dump", lambda gm: dumped.append(plain(gm)) or dumped[-1])
+    assert tokens(model, sample_ids[:, :9], devices=["cpu", "null"]) == want
+    targets = {target[2] for data in dumped for op, _, target, *_ in data["nodes"] if op == "call_function"}
+    assert len(dumped) == 2 and "int4_ffn" in targets and not any(t.startswith("placed") for t in targets)
+
     assert {kind: device for kind, device, _ in placement(model)} == {
         **dict.fromkeys(("qkv", "attention", "ffn", "linear"), "null"),
         **dict.fromkeys(("embedding", "norm"), "cpu"),
@@ -99,7 +111,7 @@ def test_every_region_runs_where_it_is_placed(
     assert len(placed._sites) == 0, "sites go with their graphs"
 
 
-def test_what_a_device_refuses_stays_on_the_cpu_with_its_reason(
+def test_what_is_refused_stays_on_the_cpu_and_what_is_lost_goes_back_with_the_right_tokens(
     model: Any,
     want: list[int],
     sample_ids: torch.Tensor,
@@ -108,44 +120,30 @@ def test_what_a_device_refuses_stays_on_the_cpu_with_its_reason(
     caplog: Any,
 ) -> None:
     seen: list[Work] = []
+    plain = null.region
 
     def refuses(work: Work) -> str:
         seen.append(work)
-        return "" if work.op_name == "int4_ffn" else f"it takes no {work.step.kind}"
+        return "" if work.step.kind == "ffn" else f"it takes no {work.step.kind}"
 
-    monkeypatch.setattr(Work, "op_name", property(lambda work: work.step.op.split("::")[1]), raising=False)
+    def region(op: str, arguments: Any) -> Any:
+        if len(null.calls) > 5:
+            null.lost = "the device is lost"
+        return plain(op, arguments)
+
     monkeypatch.setattr(null, "refuses", refuses)
+    monkeypatch.setattr(null, "region", region)
     assert tokens(model, sample_ids[:, :9], devices="null") == want
+    assert [call for call in null.calls if call[0] == "run"] == [("run", "int4_ffn")] * 6
     shown = placement(model)
-    assert ("qkv", "cpu", "null: it takes no qkv") in shown and ("ffn", "null", null.label) in shown
+    assert ("qkv", "cpu", "null: it takes no qkv") in shown
+    assert ("ffn", "cpu", "null: the device is lost") in shown
     assert "on the cpu: null: it takes no linear" in caplog.text
+    assert "ffn at model.layers.0.mlp goes back to the cpu: null: the device is lost" in caplog.text
     ffn = next(work for work in seen if work.step.kind == "ffn")
     assert ffn.whole and ffn.constants["act"] == "gelu_tanh" and ffn.constants["f"] == 1024
     assert ffn.constants["bias"] == [] and "x" not in ffn.constants and "wg" not in ffn.constants
     assert {work.tokens for work in seen} == {"dynamic", "1"}
-
-
-def test_a_device_that_is_lost_on_the_way_leaves_the_right_tokens(
-    model: Any,
-    want: list[int],
-    sample_ids: torch.Tensor,
-    null: NullDevice,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: Any,
-) -> None:
-    plain = null.region
-
-    def region(op: str, arguments: Any) -> Any:
-        if len(null.calls) > 40:
-            null.lost = "the device is lost"
-        return plain(op, arguments)
-
-    ids = sample_ids[:, :9]
-    monkeypatch.setattr(null, "region", region)
-    assert tokens(model, ids, devices=["null"]) == want
-    assert any(call[0] == "run" for call in null.calls)
-    assert ("ffn", "cpu", "null: the device is lost") in placement(model)
-    assert "ffn at model.layers.0.mlp goes back to the cpu: null: the device is lost" in caplog.text
 
 
 def test_a_device_without_a_runtime_is_a_reason_not_an_error(
@@ -158,24 +156,6 @@ def test_a_device_without_a_runtime_is_a_reason_not_an_error(
     assert placement(module) == {("ffn", "cpu", "npu: no npu here")}
     assert "on the cpu: npu: no npu here" in caplog.text
     assert "ffn x1 on cpu: npu: no npu here" in str(unicorn_backend.explain(module))
-
-
-def test_the_compile_cache_keeps_the_graph_without_devices(
-    sample_ids: torch.Tensor,
-    monkeypatch: pytest.MonkeyPatch,
-    null: NullDevice,
-    tmp_path: Any,
-) -> None:
-    monkeypatch.setenv("UNICORN_CACHE", "1")
-    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path))
-    dumped: list[Any] = []
-    plain = compile_cache.graph_file.dump
-    monkeypatch.setattr(compile_cache.graph_file, "dump", lambda gm: dumped.append(plain(gm)) or dumped[-1])
-    tokens(make(), sample_ids[:, :9], devices=["null"])
-    targets = {
-        target[2] for data in dumped for op, _, target, *_ in data["nodes"] if op == "call_function" and len(target) > 2
-    }
-    assert len(dumped) == 2 and "int4_ffn" in targets and not any(t.startswith("placed") for t in targets)
 
 
 def test_a_row_range_of_a_packed_weight_is_seen(null: NullDevice) -> None:

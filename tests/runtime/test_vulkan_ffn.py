@@ -149,7 +149,7 @@ def check(device: Any, args: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.parametrize("variant", ["dot8_subgroup", "dot8_shared", "int_subgroup", "int_shared"])
-@pytest.mark.parametrize("m", [1, 3, 8, 71])
+@pytest.mark.parametrize("m", [1, 8, 71])
 def test_every_variant(devices: Any, physical: Any, variant: str, m: int) -> None:
     from unicorn_backend.runtime.vulkan import variants
 
@@ -163,7 +163,7 @@ def test_every_variant(devices: Any, physical: Any, variant: str, m: int) -> Non
     ("m", "k", "f", "n", "act", "dtype", "norms", "own"),
     [
         (1, 96, 160, 64, "silu", torch.float32, True, True),
-        (2, 50, 77, 34, "relu", torch.float16, False, True),  # nothing is a multiple of a tile
+        (3, 50, 77, 34, "relu", torch.float16, False, True),  # nothing is a multiple of a tile
         (5, 33, 47, 13, "gelu", torch.float32, True, False),
         (13, 70, 90, 70, "silu", torch.float16, True, False),
         (131, 64, 65, 64, "gelu_tanh", torch.bfloat16, False, False),
