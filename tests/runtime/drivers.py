@@ -45,9 +45,14 @@ def only(path: str) -> dict[str, str]:
 
 def pin_drivers() -> None:
     """Make this process see the software drivers and no others: stray drivers break enumeration."""
-    found = [path for paths, _ in DRIVERS.values() for path in paths[:] if Path(path).is_file()]
-    os.environ["VK_ICD_FILENAMES"] = ":".join(dict.fromkeys(found)) or "/nonexistent"
-    os.environ.pop("VK_DRIVER_FILES", None)
+    from unicorn_backend.runtime.vulkan import physical
+
+    found = [path for paths, _ in DRIVERS.values() for path in paths if Path(path).is_file()]
+    wanted = ":".join(found)
+    if os.environ.get("VK_ICD_FILENAMES") != wanted or "VK_DRIVER_FILES" in os.environ:
+        os.environ["VK_ICD_FILENAMES"] = wanted
+        os.environ.pop("VK_DRIVER_FILES", None)
+        physical.instance.cache_clear()  # the loader looks for drivers when an instance is made
 
 
 def physical(name: str) -> Any:
