@@ -16,10 +16,11 @@ struct Array {
   DType dtype = DType::f32;
 };
 
-enum class Scheme : int { w4g32 = 0, w8c = 1, w8a = 2, w4n32 = 3, w8g32 = 4 };
+enum class Scheme : int { w4g32 = 0, w8c = 1, w8a = 2, w4n32 = 3, w8g32 = 4, w4m32 = 5, q4k = 6, q5k = 7, q6k = 8 };
 
 // Bytes of a group's 16 rows, by scheme.
-constexpr int64_t kGroupBytes[] = {kW4GroupBytes, kW8GroupBytes, kW8GroupBytes, kW4GroupBytes, kW8GroupBytes};
+constexpr int64_t kGroupBytes[] = {
+    kW4GroupBytes, kW8GroupBytes, kW8GroupBytes, kW4GroupBytes, kW8GroupBytes, kW4GroupBytes, kW4GroupBytes, 320, 384};
 constexpr int64_t group_bytes(Scheme scheme) { return kGroupBytes[static_cast<int>(scheme)]; }
 // True if every group of a row has a scale, false if every row has one.
 constexpr bool scaled(Scheme scheme) { return scheme != Scheme::w8c && scheme != Scheme::w8a; }
@@ -30,6 +31,8 @@ struct Weight {
   const void* scale = nullptr;       // fp32 [N16, 16] for w8c and w8a, else fp16 [N16, K32, 16]
   const uint8_t* zero = nullptr;     // w8a only, [N16, 16]
   const int8_t* codebook = nullptr;  // w4n32 only, [16]
+  // w4m32: minima fp16 [N16, K32, 16]; q4k, q5k: fp16 [N16, K256, 2, 16]; q6k: fp16 [N16, K256, 16].
+  const uint16_t* extra = nullptr;
   int64_t n = 0, k = 0;
 };
 

@@ -11,5 +11,6 @@ constexpr int64_t kGroup = 32;          // k per group: one scale of activations
 constexpr int64_t kBlock = 16;          // tokens of an activation block
 constexpr int64_t kW4GroupBytes = 256;  // 16 rows x 32 nibbles
 constexpr int64_t kW8GroupBytes = 512;
+constexpr int64_t kSuper = 8;  // groups that share the fp16 scales of a k-quant
 
 }  // namespace unicorn

@@ -9,6 +9,7 @@
 //   pack(vf, vf, q)    32 integers in [-127, 127] -> int8; returns their sum
 //   Group4, Group8     a group of 16 rows x 32 k in registers; dots4 / dots8: with 32 signed activations of
 //                      each of T tokens, T up to kInterleaved
+//   load5, load6       groups of the k-quants -> Group8 of value + 128; dot8_part: four of its chunks
 //   look_up            nibbles through a Codebook -> Group8
 //   dot8_offset        the per-row part of a zero point, from what load_zero gave
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -23,6 +24,28 @@
 #endif
 
 #ifndef UNICORN_AVX512  // one token at a time
+// Groups of 5 and 6 bits as bytes of value + 128 in `buffer`: the high bits of chunk c are at bits c (or 2 c) of the
+// last chunks.
+INLINE Group8 load5(const uint8_t* p, uint8_t* buffer) {
+  for (int c = 0; c < 8; ++c) {
+    const uint8_t* low = p + 64 * (c / 2);
+    for (int i = 0; i < 64; ++i) {
+      const int nibble = c % 2 == 0 ? low[i] & 15 : low[i] >> 4;
+      buffer[64 * c + i] = static_cast<uint8_t>(nibble | (p[256 + i] >> c & 1) << 4 | 128);
+    }
+  }
+  return {buffer};
+}
+INLINE Group8 load6(const uint8_t* p, uint8_t* buffer) {
+  for (int c = 0; c < 8; ++c) {
+    const uint8_t *low = p + 64 * (c / 2), *high = p + 256 + 64 * (c / 4);
+    for (int i = 0; i < 64; ++i) {
+      const int nibble = c % 2 == 0 ? low[i] & 15 : low[i] >> 4;
+      buffer[64 * c + i] = static_cast<uint8_t>((nibble | (high[i] >> 2 * (c % 4) & 3) << 4) + 96);
+    }
+  }
+  return {buffer};
+}
 template <int T>
 INLINE void dots4(const Group4& g, const int8_t* a, const int32_t* sum8, vi* sum) {
   static_assert(T == 1);

@@ -59,40 +59,73 @@ class Arguments {
   // A packed weight; scheme and padding from dtypes and shapes (see unicorn_backend/ops.py).
   Weight weight(at::TensorList list, int64_t n, int64_t k, const char* name) {
     TORCH_CHECK(list.size() == 2 || list.size() == 3, label(name), ": got ", list.size(),
-                " tensors, allowed are 1 (float), 2 (w4g32, w8c, w8g32) and 3 (w4n32, w8a)");
-    const int64_t n16 = (n + kRows - 1) / kRows, k32 = (k + kGroup - 1) / kGroup;
-    const bool four = list[0].dim() == 5 && list[0].size(2) == 4, grouped = list[1].scalar_type() == at::kHalf;
-    packed(list[0], name, "bytes", at::kByte, {n16, k32, four ? 4 : 8, kRows, 4});
-    if (four || grouped) {
+                " tensors, allowed are 1 (float), 2 and 3 (packed, see unicorn_backend/ops.py)");
+    const int64_t n16 = (n + kRows - 1) / kRows, k32 = (k + kGroup - 1) / kGroup, k256 = (k32 + kSuper - 1) / kSuper;
+    const auto scales = list[1].scalar_type();
+    const auto third = list.size() == 3 ? list[2].scalar_type() : at::ScalarType::Undefined;
+    const int64_t bits = list[0].dim() == 5 ? list[0].size(2) : 0;
+    Weight w;
+    w.scheme = scheme_of(bits, scales, third, name);
+    w.n = n;
+    w.k = k;
+    packed(list[0], name, "bytes", at::kByte, {n16, k32, bits, kRows, 4});
+    w.q = list[0].const_data_ptr<uint8_t>();
+    if (w.scheme == Scheme::w8c || w.scheme == Scheme::w8a) {
+      packed(list[1], name, "scales", at::kFloat, {n16, kRows});
+    } else if (scales == at::kHalf) {
       packed(list[1], name, "scales", at::kHalf, {n16, k32, kRows});
     } else {
-      packed(list[1], name, "scales", at::kFloat, {n16, kRows});
+      packed(list[1], name, "scales", scales, {n16, k32, 2, kRows});
     }
-    Weight w{four      ? Scheme::w4g32
-             : grouped ? Scheme::w8g32
-                       : Scheme::w8c,
-             list[0].const_data_ptr<uint8_t>(),
-             list[1].const_data_ptr(),
-             nullptr,
-             nullptr,
-             n,
-             k};
-    if (list.size() == 2) return w;
-    if (four) {
-      packed(list[2], name, "codebook", at::kChar, {16});
-      w.scheme = Scheme::w4n32;
-      w.codebook = list[2].const_data_ptr<int8_t>();
-    } else {
-      packed(list[2], name, "zero points", at::kByte, {n16, kRows});
-      TORCH_CHECK(!grouped, label(name), ": got zero points beside scales per group; w8a has a scale per row");
-      w.scheme = Scheme::w8a;
-      w.zero = list[2].const_data_ptr<uint8_t>();
+    w.scale = list[1].const_data_ptr();
+    switch (w.scheme) {
+      case Scheme::w4n32:
+        packed(list[2], name, "codebook", at::kChar, {16});
+        w.codebook = list[2].const_data_ptr<int8_t>();
+        break;
+      case Scheme::w8a:
+        packed(list[2], name, "zero points", at::kByte, {n16, kRows});
+        w.zero = list[2].const_data_ptr<uint8_t>();
+        break;
+      case Scheme::w4m32:
+        packed(list[2], name, "minima", at::kHalf, {n16, k32, kRows});
+        break;
+      case Scheme::q4k:
+      case Scheme::q5k:
+        packed(list[2], name, "super scales", at::kHalf, {n16, k256, 2, kRows});
+        break;
+      case Scheme::q6k:
+        packed(list[2], name, "super scales", at::kHalf, {n16, k256, 1, kRows});
+        break;
+      default:
+        break;
     }
+    if (third == at::kHalf) w.extra = reinterpret_cast<const uint16_t*>(list[2].const_data_ptr<at::Half>());
     return w;
   }
   std::string label(const char* name) const { return std::string("unicorn::") + op_ + ": " + name; }
 
  private:
+  Scheme scheme_of(int64_t bits, at::ScalarType scales, at::ScalarType third, const char* name) const {
+    struct Known {
+      int64_t bits;
+      at::ScalarType scales, third;
+      Scheme scheme;
+    };
+    constexpr auto kNone = at::ScalarType::Undefined;
+    static const Known known[] = {
+        {4, at::kHalf, kNone, Scheme::w4g32},     {4, at::kHalf, at::kChar, Scheme::w4n32},
+        {4, at::kHalf, at::kHalf, Scheme::w4m32}, {4, at::kByte, at::kHalf, Scheme::q4k},
+        {5, at::kByte, at::kHalf, Scheme::q5k},   {6, at::kChar, at::kHalf, Scheme::q6k},
+        {8, at::kFloat, kNone, Scheme::w8c},      {8, at::kFloat, at::kByte, Scheme::w8a},
+        {8, at::kHalf, kNone, Scheme::w8g32},
+    };
+    for (const Known& one : known) {
+      if (one.bits == bits && one.scales == scales && one.third == third) return one.scheme;
+    }
+    TORCH_CHECK(false, label(name), ": bytes of ", bits, " bits with scales of ", scales, " and a third tensor of ",
+                third, " are no scheme; see unicorn_backend/ops.py");
+  }
   void packed(const Tensor& t, const char* name, const char* part, at::ScalarType type, at::IntArrayRef shape) const {
     TORCH_CHECK(t.device().is_cpu() && t.scalar_type() == type && t.sizes() == shape && t.is_contiguous(), label(name),
                 ": ", part, " must be contiguous ", type, " ", shape, " on the CPU, got ", t.scalar_type(), " ",

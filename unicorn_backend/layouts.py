@@ -17,6 +17,7 @@ from torch import Tensor
 ROWS = 16  # rows of a tile: one zmm register of 16 int32 accumulators
 GROUP = 32  # k per group: one scale of activations, and of w4g32 weights
 W4_ZERO = 8  # nibble that stands for the value 0
+Q6_ZERO = 32  # what stands for 0 in q6k
 W8_ZERO = 128  # byte that stands for the value 0 in w8c
 
 
@@ -29,7 +30,7 @@ Dims = tuple[int | str, ...]
 
 @dataclass(frozen=True)
 class Part:
-    """One tensor of a packed weight; `dims` may name N16 and K32 (`ops.py`)."""
+    """One tensor of a packed weight; `dims` may name N16, K32 and K256 (`ops.py`)."""
 
     buffer: str
     dtype: torch.dtype
@@ -48,10 +49,25 @@ def _four(bits: int = 4) -> Part:
 _ROW_SCALE = Part("weight_scale", torch.float32, ("N16", ROWS))
 _GROUP_SCALE = Part("weight_scale", torch.float16, ("N16", "K32", ROWS))
 
+SUPER = 8  # groups that share the fp16 scales of a k-quant: 256 columns
+
+
+def _pairs(dtype: torch.dtype) -> Part:
+    return Part("weight_scale", dtype, ("N16", "K32", 2, ROWS))
+
+
+def _super(count: int) -> Part:
+    return Part("weight_super_scale", torch.float16, ("N16", "K256", count, ROWS))
+
+
 # The packed tensors of each scheme, in the order of the contract. No two schemes have the same dtypes and bits.
 PARTS: dict[str, tuple[Part, ...]] = {
     "w4g32": (_four(), _GROUP_SCALE),
     "w4n32": (_four(), _GROUP_SCALE, Part("weight_codebook", torch.int8, (16,))),
+    "w4m32": (_four(), _GROUP_SCALE, Part("weight_minimum", torch.float16, ("N16", "K32", ROWS))),
+    "q4k": (_four(), _pairs(torch.uint8), _super(2)),
+    "q5k": (_four(5), _pairs(torch.uint8), _super(2)),
+    "q6k": (_four(6), _pairs(torch.int8), _super(1)),
     "w8c": (_four(8), _ROW_SCALE),
     "w8a": (_four(8), _ROW_SCALE, Part("weight_zero_point", torch.uint8, ("N16", ROWS))),
     "w8g32": (_four(8), _GROUP_SCALE),
@@ -78,7 +94,7 @@ def scheme_of(weights: Sequence[Tensor]) -> str:
 
 def part_shape(part: Part, n: int, k: int) -> tuple[int, ...]:
     """Shape of a part of a packed [n, k] weight."""
-    named = {"N16": -(-n // ROWS), "K32": -(-k // GROUP)}
+    named = {"N16": -(-n // ROWS), "K32": -(-k // GROUP), "K256": -(-k // (GROUP * SUPER))}
     return tuple(named[d] if isinstance(d, str) else d for d in part.dims)
 
 
@@ -173,12 +189,76 @@ def unpack_w8(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor, Te
     return q, s.reshape(-1)[:n].contiguous(), z
 
 
-def unpack(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
-    """Any packed list -> (integers, fp32 scales): the value of [i, j] is integer[i, j] * scale[i, j].
+def pack_w4m32(q: Tensor, s: Tensor, m: Tensor) -> list[Tensor]:
+    """uint8 `q` [N, K] in 0..15, fp16 `s` and `m` [N, ceil(K/32)] -> [w, s, m]; value = s * q + m."""
+    w, scales = pack_nibbles(q, s)
+    return [w, scales, _tile_scales(m, w.shape[0])]
 
-    Integers fp32 [n, k], exact; scales fp32 [n, groups] with one group per 32 columns, or [n, 1].
+
+def pack_kquant(q: Tensor, pairs: Tensor, supers: Tensor, bits: int) -> list[Tensor]:
+    """A k-quant -> [w, s, d] of the contract. K is a multiple of 256.
+
+    q4k, q5k (bits 4, 5): `q` uint8 [N, K], `pairs` uint8 [N, K/32, 2] (scale, minimum), `supers` fp16 [N, K/256, 2].
+    q6k: `q` uint8 [N, K] in 0..63, `pairs` int8 [N, K/32, 2] (of each half group), `supers` fp16 [N, K/256, 1].
+    """
+    n16 = -(-q.shape[0] // ROWS)
+    parts = [pack_nibbles(q & 15, supers[..., 0].new_zeros(q.shape[0], q.shape[1] // GROUP))[0]]
+    if bits > 4:
+        parts.append(_tile_high_bits(_pad(q >> 4, 0), bits - 4))
+    return [torch.cat(parts, dim=2), _tile_pairs(pairs, n16), _tile_pairs(supers, n16)]
+
+
+def unpack_kquant(weights: list[Tensor], n: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of `pack_kquant`: (q, pairs, supers)."""
+    w, pairs, supers = weights
+    n16, k32, bits = w.shape[:3]
+    low, _ = unpack_w4g32(w[:, :, :4], pairs[:, :, 0], n16 * ROWS, k32 * GROUP)
+    q = (low + W4_ZERO).to(torch.uint8)
+    if bits > 4:
+        q = q | (_untile_high_bits(w[:, :, 4:], bits - 4) << 4)
+    return q[:n], _untile_pairs(pairs)[:n], _untile_pairs(supers)[:n]
+
+
+def _tile_high_bits(high: Tensor, bits: int) -> Tensor:
+    """uint8 [16 * N16, K], 1 or 2 bits each -> [N16, K32, bits, 16, 4]; lowest bits: first chunk of an 8-bit tile."""
+    tiles = high.view(-1, ROWS, high.shape[1] // GROUP, 8, 4).permute(0, 2, 3, 1, 4)  # [i, g, c, r, j]
+    tiles = tiles.reshape(*tiles.shape[:2], bits, 8 // bits, ROWS, 4)
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None, None]
+    return (tiles << shifts).sum(3, dtype=torch.uint8)
+
+
+def _untile_high_bits(w: Tensor, bits: int) -> Tensor:
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8)[:, None, None]
+    tiles = (w[:, :, :, None] >> shifts) & ((1 << bits) - 1)
+    tiles = tiles.reshape(*w.shape[:2], 8, ROWS, 4).permute(0, 3, 1, 2, 4)
+    return tiles.reshape(w.shape[0] * ROWS, w.shape[1] * GROUP)
+
+
+def _tile_pairs(pairs: Tensor, n16: int) -> Tensor:
+    """[N, groups, P] -> [N16, groups, P, 16]."""
+    n, groups, count = pairs.shape
+    padded = pairs.new_zeros(n16 * ROWS, groups, count)
+    padded[:n] = pairs
+    return padded.view(n16, ROWS, groups, count).permute(0, 2, 3, 1).contiguous()
+
+
+def _untile_pairs(pairs: Tensor) -> Tensor:
+    n16, groups, count, _ = pairs.shape
+    return pairs.permute(0, 3, 1, 2).reshape(n16 * ROWS, groups, count)
+
+
+def unpack(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Any packed list -> (integers, fp32 scales, fp32 minima or None): value = integer * scale + minimum.
+
+    Integers fp32 [n, k], exact (of q6k with the scale of their half group); scales and minima fp32 [n, groups] with
+    one group per 32 columns, exact; scales [n, 1] where they are per row.
     """
     scheme = scheme_of(weights)
+    if scheme in ("q4k", "q5k", "q6k"):
+        return _unpack_kquant(weights, n, k)
+    if scheme == "w4m32":
+        q, s = unpack_w4g32(weights[0], weights[1], n, k)
+        return q.float() + W4_ZERO, s.float(), _untile_scales(weights[2])[:n].float()
     if scheme == "w4g32":
         q, s = unpack_w4g32(weights[0], weights[1], n, k)
     elif scheme == "w4n32":
@@ -189,16 +269,32 @@ def unpack(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
     else:
         bytes_, scale, zero = unpack_w8(weights, n, k)
         offset = torch.full((n, 1), float(W8_ZERO)) if zero is None else zero.float()[:, None]
-        return bytes_.float() - offset, scale[:, None]
-    return q.float(), s.float()
+        return bytes_.float() - offset, scale[:, None], None
+    return q.float(), s.float(), None
+
+
+def _unpack_kquant(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    q, pairs, supers = unpack_kquant(weights, n)
+    d = supers.float().repeat_interleave(SUPER, dim=1)[:, : pairs.shape[1]]
+    if scheme_of(weights) == "q6k":
+        halves = pairs.float().flatten(1).repeat_interleave(GROUP // 2, dim=1)
+        return ((q.float() - Q6_ZERO) * halves)[:, :k], d[..., 0], None
+    scales = d * pairs.float()
+    return q[:, :k].float(), scales[..., 0], -scales[..., 1]
 
 
 def dequantize(weights: list[Tensor], n: int, k: int) -> Tensor:
     """Any weight list -> fp32 [n, k]: exactly the values that the kernels multiply with."""
     if scheme_of(weights) == "float":
         return weights[0].float()
-    q, s = unpack(weights, n, k)
-    return q * (s if s.shape[1] == 1 else s.repeat_interleave(GROUP, dim=1)[:, :k])
+    q, s, m = unpack(weights, n, k)
+    values = q * per_column(s, k)
+    return values if m is None else values + per_column(m, k)
+
+
+def per_column(s: Tensor, k: int) -> Tensor:
+    """[n, groups] -> [n, k], or [n, 1] as it is."""
+    return s if s.shape[1] == 1 else s.repeat_interleave(GROUP, dim=1)[:, :k]
 
 
 def packed_bytes(n: int, k: int, scheme: str) -> int:

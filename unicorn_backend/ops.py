@@ -7,13 +7,17 @@ Shape letters: `B` batch, `T` query tokens, `S` key tokens, `H`/`Hkv` heads, `D`
 `K` in, `N` out, `F` FFN width. A linear is `y[..., N] = x[..., K] . W[N, K]^T`.
 
 **Weight** arguments are tensor lists, because one region may mix schemes. With
-`N16 = ceil(N / 16)` and `K32 = ceil(K / 32)` (padding is zero-valued weights):
+`N16 = ceil(N / 16)`, `K32 = ceil(K / 32)` and `K256 = ceil(K / 256)` (padding is zero-valued weights):
 
 | scheme  | list       | tensors |
 |---------|------------|---------|
 | float   | `[w]`      | bf16, fp16 or fp32 `[N, K]` |
 | `w4g32` | `[w, s]`   | uint8 `[N16, K32, 4, 16, 4]`, fp16 scale `[N16, K32, 16]` |
 | `w4n32` | `[w, s, c]`| uint8 `[N16, K32, 4, 16, 4]`, fp16 scale `[N16, K32, 16]`, int8 codebook `[16]` |
+| `w4m32` | `[w, s, m]`| uint8 `[N16, K32, 4, 16, 4]`, fp16 scale and minimum `[N16, K32, 16]` |
+| `q4k`   | `[w, s, d]`| uint8 `[N16, K32, 4, 16, 4]`, uint8 `[N16, K32, 2, 16]`, fp16 `[N16, K256, 2, 16]` |
+| `q5k`   | `[w, s, d]`| uint8 `[N16, K32, 5, 16, 4]`, uint8 `[N16, K32, 2, 16]`, fp16 `[N16, K256, 2, 16]` |
+| `q6k`   | `[w, s, d]`| uint8 `[N16, K32, 6, 16, 4]`, int8 `[N16, K32, 2, 16]`, fp16 `[N16, K256, 1, 16]` |
 | `w8g32` | `[w, s]`   | uint8 `[N16, K32, 8, 16, 4]`, fp16 scale `[N16, K32, 16]` |
 | `w8c`   | `[w, s]`   | uint8 `[N16, K32, 8, 16, 4]`, fp32 scale `[N16, 16]` |
 | `w8a`   | `[w, s, z]`| uint8 `[N16, K32, 8, 16, 4]`, fp32 scale `[N16, 16]`, uint8 zero point `[N16, 16]` |
@@ -22,6 +26,11 @@ Shape letters: `B` batch, `T` query tokens, `S` key tokens, `H`/`Hkv` heads, `D`
   its low nibble and `k = 32*g + 8*c + 4 + j` in its high nibble; value = `s[i, g, r] * (nibble - 8)`.
 - `w4n32`: the same bytes; value = `s[i, g, r] * c[nibble]`. A codebook may lack a zero, so the padding of columns
   is anything: activations are zero there. The quantizer's codebook is that of GGUF's IQ4_NL.
+- `w4m32`: the same bytes; value = `s[i, g, r] * nibble + m[i, g, r]`.
+- `q4k`, `q5k`, `q6k`: what GGUF's Q4_K, Q5_K and Q6_K hold, to the bit. Nibbles as above; bits 4 and 5 of column
+  `k = 32*g + 4*c + j` are in the chunks behind: bit `c` of `w[i, g, 4, r, j]` (q5k), bits `2*(c % 4)` and the next of
+  `w[i, g, 4 + c // 4, r, j]` (q6k). With `D = d[i, g // 8, :, r]` and `S = s[i, g, :, r]`: value =
+  `D[0]*S[0] * q - D[1]*S[1]` (q4k, q5k), `D[0] * (S[k % 32 // 16] * (q - 32))` (q6k); the products of scales are exact.
 - `w8g32`: bytes as `w8c`; value = `s[i, g, r] * (byte - 128)`.
 - `w8c`: byte `w[i, g, c, r, j]` holds `k = 32*g + 4*c + j`; value = `s[i, r] * (byte - 128)`.
 - `w8a`: same bytes; value = `s[i, r] * (byte - z[i, r])`.
@@ -33,7 +42,9 @@ below 1e-36 (so that `127 / amax` stays finite) -> `q = 0, scale = 0`. The sum o
 exact int32; the groups are
 added in fp32 in ascending order with one fused multiply-add each, so every ISA, thread count
 and token count M gives the same bits:
-`acc = fma(float(isum[g]) * a_scale[g], w_scale[g], acc)` for `w4g32`, `w4n32` and `w8g32`, and
+`acc = fma(float(isum[g]) * a_scale[g], w_scale[g], acc)` for `w4g32`, `w4n32`, `w8g32` and
+`q6k` (whose `isum` has the scales of the half groups in it), the same and then
+`acc = fma(float(sum of a) * a_scale[g], minimum[g], acc)` for `w4m32`, `q4k` and `q5k`, and
 `acc = fma(float(isum[g]), a_scale[g], acc)`, then `acc * w_scale` for `w8c` / `w8a`, where `isum`
 has the zero point already taken out (`sum a * (q - z)`, exact).
 

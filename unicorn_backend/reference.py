@@ -39,11 +39,12 @@ def matmul(x: Tensor, w: list[Tensor], n: int) -> Tensor:
     if scheme_of(w) == "float":
         return x.to(w[0].dtype).double() @ w[0].double().T
     a, a_scale = quantize_activations(x)
-    q, s = unpack(w, n, k)
+    q, s, m = unpack(w, n, k)
     values, scale = q.double(), s.double().expand(n, a.shape[-2])  # [n, k], [n, G]
     values = F.pad(values, (0, -k % GROUP)).unflatten(-1, (-1, GROUP))  # [n, G, 32]
     sums = torch.einsum("...gk,ngk->...ng", a.double(), values)  # exact integers
-    return (sums * a_scale.double().unsqueeze(-2) * scale).sum(-1)
+    y = (sums * a_scale.double().unsqueeze(-2) * scale).sum(-1)
+    return y if m is None else y + torch.einsum("...g,ng->...n", a.double().sum(-1) * a_scale.double(), m.double())
 
 
 def rms_norm(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:

@@ -81,20 +81,87 @@ INLINE void add_scaled8(const Group8& w, const uint16_t* scales, const Cursor& a
   }
 }
 
+// The same with a minimum per group: value = scale * q + minimum.
+template <int T>
+INLINE void add_minimum8(const Group8& w, vf scale, vf minimum, const Cursor& a, vf* sum) {
+  constexpr int U = together<T>();
+#pragma GCC unroll 16
+  for (int t = 0; t < T; t += U) {
+    vi dot[U];
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) dot[u] = dot8_offset<true>(middle_zero(), a.sum8[t + u]);
+    dots8<U>(w, a.q + kGroup * t, dot);
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) {
+      const float total = static_cast<float>(a.sum8[t + u] / -8);
+      sum[t + u] = fma(mul(to_float(dot[u]), set(a.scale[t + u])), scale, sum[t + u]);
+      sum[t + u] = fma(set(total * a.scale[t + u]), minimum, sum[t + u]);
+    }
+  }
+}
+
+INLINE int32_t sum16(const int8_t* q) {
+  int32_t sum = 0;
+  for (int i = 0; i < 16; ++i) sum += q[i];
+  return sum;
+}
+
+// q6k: each half group has an int8 scale. 2 * 128 * (16 * 32 * 127) stays below 2^24: exact as a float too.
+template <int T>
+INLINE void add_halves8(const Group8& w, const uint8_t* scales, vf super, const Cursor& a, vf* sum) {
+  const vi first = load_i8(scales), second = load_i8(scales + kRows);
+#pragma GCC unroll 16
+  for (int t = 0; t < T; ++t) {
+    const int8_t* q = a.q + kGroup * t;
+    const vi low = dot8_part<0>(w, q, dot8_offset<true>(middle_zero(), -8 * sum16(q)));
+    const vi high = dot8_part<4>(w, q, dot8_offset<true>(middle_zero(), -8 * sum16(q + 16)));
+    const vi dot = add(mul(low, first), mul(high, second));
+    sum[t] = fma(mul(to_float(dot), set(a.scale[t])), super, sum[t]);
+  }
+}
+
+// Where the scales of a group are. `group` counts from the beginning of the tile.
+template <Scheme S, int T>
+INLINE void add_kquant(const Weight& w, int64_t tile, int64_t group, int64_t groups, const uint8_t* p, uint8_t* buffer,
+                       const Codebook& identity, const Cursor& a, vf* sum) {
+  const int64_t g = tile * groups + group;
+  const auto* pairs = static_cast<const uint8_t*>(w.scale) + g * 2 * kRows;
+  const int64_t supers = (groups + kSuper - 1) / kSuper, super = tile * supers + group / kSuper;
+  if constexpr (S == Scheme::w4m32) {
+    const vf scale = load_f16(static_cast<const uint16_t*>(w.scale) + g * kRows);
+    add_minimum8<T>(look_up(p, identity, buffer), scale, load_f16(w.extra + g * kRows), a, sum);
+  } else if constexpr (S == Scheme::q6k) {
+    add_halves8<T>(load6(p, buffer), pairs, load_f16(w.extra + super * kRows), a, sum);
+  } else {
+    const uint16_t* d = w.extra + super * 2 * kRows;
+    const vf scale = mul(to_float(load_u8(pairs)), load_f16(d));
+    const vf minimum = neg(mul(to_float(load_u8(pairs + kRows)), load_f16(d + kRows)));
+    const Group8 values = S == Scheme::q4k ? look_up(p, identity, buffer) : load5(p, buffer);
+    add_minimum8<T>(values, scale, minimum, a, sum);
+  }
+}
+
+alignas(16) constexpr int8_t kIdentity[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+template <Scheme S>
+constexpr bool kIsKquant = S == Scheme::w4m32 || S == Scheme::q4k || S == Scheme::q5k || S == Scheme::q6k;
+
 // out [T][16] = one tile times T tokens.
 template <Scheme S, int T>
 void tile_times(const Weight& w, int64_t tile, Cursor a, int64_t groups, float* out) {
   const uint8_t* p = w.q + tile * groups * group_bytes(S);
   const auto* scales = static_cast<const uint16_t*>(w.scale) + tile * groups * kRows;
   const vi zero_point = S == Scheme::w8a ? load_zero(w.zero + tile * kRows) : middle_zero();
-  const Codebook codebook = S == Scheme::w4n32 ? load_codebook(w.codebook) : Codebook{};
+  const Codebook codebook = load_codebook(S == Scheme::w4n32 ? w.codebook : kIdentity);
   alignas(64) uint8_t buffer[kW8GroupBytes];  // of instruction sets with too few registers for a group
   vf sum[T];
 #pragma GCC unroll 16
   for (int t = 0; t < T; ++t) sum[t] = zero();
   for (int64_t g = 0; g < groups; ++g, a.next()) {
     prefetch_group(p, group_bytes(S));
-    if (S == Scheme::w4g32) {
+    if constexpr (kIsKquant<S>) {
+      add_kquant<S, T>(w, tile, g, groups, p, buffer, codebook, a, sum);
+    } else if (S == Scheme::w4g32) {
       add_group4<T>(p, scales, a, sum);
       scales += kRows;
     } else if (S == Scheme::w4n32) {
@@ -138,13 +205,30 @@ INLINE void tile_times(int tokens, const Weight& w, int64_t tile, const Cursor& 
   }
 }
 
+// Schemes that files bring along: 1 or 4 tokens at a time, or as many as fit where the recipes use them. With every
+// size for every scheme this would take several times as long to compile.
+template <Scheme S, bool kWide>
+INLINE void few_times(int tokens, const Weight& w, int64_t tile, const Cursor& a, int64_t groups, float* out) {
+  if (kWide && tokens == kMaxTokens) return tile_times<S, kWide ? kMaxTokens : 4>(w, tile, a, groups, out);
+  if (tokens == 4) return tile_times<S, 4>(w, tile, a, groups, out);
+  return tile_times<S, 1>(w, tile, a, groups, out);
+}
+
+// How many of the next tokens one call takes.
+INLINE int tokens_of(Scheme scheme, int64_t left) {
+  const bool any = scheme == Scheme::w4g32 || scheme == Scheme::w8c || scheme == Scheme::w8a;
+  const bool wide = scheme == Scheme::w4n32 || scheme == Scheme::w8g32;
+  if ((any || wide) && left >= kMaxTokens) return kMaxTokens;
+  if (any) return static_cast<int>(left > 8 ? 8 : left);
+  return left >= 4 ? 4 : 1;
+}
+
 // out [tokens of the block][16] = one tile times one block of tokens. Returns how many tokens.
 int64_t multiply(const Weight& w, int64_t tile, const Activations& a, int64_t first, float* out) {
   const Token block(a, first);
   int64_t t = 0;
   while (t < block.stride) {
-    const int64_t left = block.stride - t;
-    const int tokens = static_cast<int>(left >= kMaxTokens ? kMaxTokens : left > 8 ? 8 : left);
+    const int tokens = tokens_of(w.scheme, block.stride - t);
     const Cursor cursor{block.q + t * kGroup, block.scale + t, block.sum8 + t, block.stride};
     float* to = out + t * kRows;
     switch (w.scheme) {
@@ -158,10 +242,22 @@ int64_t multiply(const Weight& w, int64_t tile, const Activations& a, int64_t fi
         tile_times<Scheme::w8a>(tokens, w, tile, cursor, a.groups, to);
         break;
       case Scheme::w4n32:
-        tile_times<Scheme::w4n32>(tokens, w, tile, cursor, a.groups, to);
+        few_times<Scheme::w4n32, true>(tokens, w, tile, cursor, a.groups, to);
         break;
       case Scheme::w8g32:
-        tile_times<Scheme::w8g32>(tokens, w, tile, cursor, a.groups, to);
+        few_times<Scheme::w8g32, true>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::w4m32:
+        few_times<Scheme::w4m32, false>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::q4k:
+        few_times<Scheme::q4k, false>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::q5k:
+        few_times<Scheme::q5k, false>(tokens, w, tile, cursor, a.groups, to);
+        break;
+      case Scheme::q6k:
+        few_times<Scheme::q6k, false>(tokens, w, tile, cursor, a.groups, to);
         break;
     }
     t += tokens;

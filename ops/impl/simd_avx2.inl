@@ -122,9 +122,10 @@ INLINE vi dot4(const Group4& g, const int8_t* a, int32_t sum8) {
 }
 // Bytes, as signed w = byte - 128: |w| * (a with the sign of w). A pair is at most 2 * 128 * 127 = 32512,
 // exact in int16. Zero points are taken relative to 128 too.
+template <int kFirst = 0, int kLast = 8>
 INLINE __m256i dot8_half(const uint8_t* p, const int8_t* a, __m256i sum) {
 #pragma GCC unroll 8
-  for (int c = 0; c < 8; ++c) {
+  for (int c = kFirst; c < kLast; ++c) {
     const __m256i byte = _mm256_loadu_si256((const __m256i*)(p + 64 * c));
     const __m256i w = _mm256_xor_si256(byte, _mm256_set1_epi8(-128));
     const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(four(a + 4 * c), w));
@@ -167,6 +168,21 @@ INLINE vi dot8_offset(vi z, int32_t sum8) {
 INLINE vi dot8(const Group8& g, const int8_t* a, vi offset) {
   return {dot8_half(g.p, a, offset.a), dot8_half(g.p + 32, a, offset.b)};
 }
+// Chunks kFirst .. kFirst + 3 only.
+template <int kFirst>
+INLINE vi dot8_part(const Group8& g, const int8_t* a, vi offset) {
+  return {dot8_half<kFirst, kFirst + 4>(g.p, a, offset.a), dot8_half<kFirst, kFirst + 4>(g.p + 32, a, offset.b)};
+}
+INLINE vi load_u8(const uint8_t* p) {
+  return {_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+INLINE vi load_i8(const uint8_t* p) {
+  return {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8)))};
+}
+INLINE vi add(vi x, vi y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+INLINE vi mul(vi x, vi y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
 
 INLINE int64_t peak_dots(int64_t steps, const uint8_t* weights, const int8_t* activations) {
   constexpr int kChains = 8;

@@ -97,6 +97,47 @@ INLINE Group8 look_up(const uint8_t* p, const Codebook& codebook, uint8_t*) {
   for (int c = 0; c < 8; ++c) g.v[c] = _mm512_shuffle_epi8(codebook.table, nibbles.v[c]);
   return g;
 }
+// Groups of 5 and 6 bits as bytes of value + 128: the high bits of chunk c are at bits c (or 2 c) of the last chunks.
+INLINE Group8 load5(const uint8_t* p, uint8_t*) {
+  Group8 g;
+  const Group4 low = load4(p);
+  const vi high = _mm512_loadu_si512(p + 256), bit = _mm512_set1_epi8(16), zero_point = _mm512_set1_epi8(-128);
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    const vi moved = c < 4 ? _mm512_slli_epi16(high, c < 4 ? 4 - c : 0) : _mm512_srli_epi16(high, c < 4 ? 0 : c - 4);
+    g.v[c] = _mm512_or_si512(_mm512_or_si512(low.v[c], zero_point), _mm512_and_si512(moved, bit));
+  }
+  return g;
+}
+INLINE Group8 load6(const uint8_t* p, uint8_t*) {
+  Group8 g;
+  const Group4 low = load4(p);
+  const vi bits = _mm512_set1_epi8(48), zero_point = _mm512_set1_epi8(128 - 32);
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    const vi high = _mm512_loadu_si512(p + 256 + 64 * (c / 4));
+    const int at = 2 * (c % 4);
+    const vi moved =
+        at < 4 ? _mm512_slli_epi16(high, at < 4 ? 4 - at : 0) : _mm512_srli_epi16(high, at < 4 ? 0 : at - 4);
+    g.v[c] = _mm512_add_epi8(_mm512_or_si512(low.v[c], _mm512_and_si512(moved, bits)), zero_point);
+  }
+  return g;
+}
+INLINE vi load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vi load_i8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
+INLINE vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }
+INLINE vi mul(vi a, vi b) { return _mm512_mullo_epi32(a, b); }
+// Chunks kFirst .. kFirst + 3 only.
+template <int kFirst>
+INLINE vi dot8_part(const Group8& g, const int8_t* a, vi sum) {
+#pragma GCC unroll 4
+  for (int c = kFirst; c < kFirst + 4; ++c) {
+    int32_t four;
+    __builtin_memcpy(&four, a + 4 * c, 4);
+    sum = _mm512_dpbusd_epi32(sum, g.v[c], _mm512_set1_epi32(four));
+  }
+  return sum;
+}
 // sum[t] += w times the 32 activations of token t. The tokens take turns: chains of eight dependent vpdpbusd one after
 // another fill the scheduler (97 entries on Golden Cove) with instructions that wait; GEMM then ran at 42 % of peak.
 // For the same reason a single token has two chains.

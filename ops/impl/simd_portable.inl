@@ -202,6 +202,34 @@ INLINE vi dot8(const Group8& g, const int8_t* a, vi sum) {
   }
   return sum;
 }
+// Chunks kFirst .. kFirst + 3 only.
+template <int kFirst>
+INLINE vi dot8_part(const Group8& g, const int8_t* a, vi sum) {
+  for (int c = kFirst; c < kFirst + 4; ++c) {
+    LANES {
+      for (int j = 0; j < 4; ++j) sum.v[i] += g.p[64 * c + 4 * i + j] * a[4 * c + j];
+    }
+  }
+  return sum;
+}
+INLINE vi load_u8(const uint8_t* p) {
+  vi r;
+  LANES r.v[i] = p[i];
+  return r;
+}
+INLINE vi load_i8(const uint8_t* p) {
+  vi r;
+  LANES r.v[i] = static_cast<int8_t>(p[i]);
+  return r;
+}
+INLINE vi add(vi a, vi b) {
+  LANES a.v[i] += b.v[i];
+  return a;
+}
+INLINE vi mul(vi a, vi b) {
+  LANES a.v[i] *= b.v[i];
+  return a;
+}
 #undef LANES
 
 INLINE int64_t peak_dots(int64_t steps, const uint8_t* weights, const int8_t* activations) {

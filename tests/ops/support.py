@@ -33,6 +33,11 @@ def make_weight(n: int, k: int, scheme: str) -> list[Tensor]:
         return layouts.pack_w4g32(torch.randint(-8, 8, (n, k), dtype=torch.int8), (0.2 * scale).half())
     if scheme == "w4n32":
         return layouts.pack_w4n32(torch.randint(0, 16, (n, k), dtype=torch.uint8), (0.02 * scale).half())
+    if scheme == "w4m32":
+        q, m = torch.randint(0, 16, (n, k), dtype=torch.uint8), torch.randn(n, -(-k // GROUP)) / k**0.5
+        return layouts.pack_w4m32(q, (0.2 * scale).half(), m.half())
+    if scheme in ("q4k", "q5k", "q6k"):
+        return make_kquant(n, k, scheme)
     if scheme == "w8g32":
         q = torch.randint(-128, 128, (n, k), dtype=torch.int8)
         q[0, :], q[-1, :] = 127, -128
@@ -42,6 +47,19 @@ def make_weight(n: int, k: int, scheme: str) -> list[Tensor]:
     stored[-1, :] = 0
     zero = torch.randint(0, 256, (n,), dtype=torch.uint8) if scheme == "w8a" else None
     return layouts.pack_w8(stored, (torch.rand(n) + 0.1) * 0.01 / k**0.5, zero)
+
+
+def make_kquant(n: int, k: int, scheme: str) -> list[Tensor]:
+    """Random values of all bits, with the extremes in the first two rows; `k` columns of whole super blocks."""
+    bits, wide = int(scheme[1]), -(-k // 256) * 256
+    q = torch.randint(0, 1 << bits, (n, wide), dtype=torch.uint8)
+    low, high, dtype = (-128, 128, torch.int8) if scheme == "q6k" else (0, 64, torch.uint8)
+    pairs = torch.randint(low, high, (n, wide // GROUP, 2)).to(dtype)
+    q[0], q[-1] = 0, (1 << bits) - 1
+    pairs[0], pairs[-1] = low, high - 1
+    supers = torch.rand(n, wide // 256, 1 if scheme == "q6k" else 2) * 1e-3 / k**0.5
+    w, pairs, supers = layouts.pack_kquant(q, pairs, supers.half(), bits)
+    return [w[:, : -(-k // GROUP)].contiguous(), pairs[:, : -(-k // GROUP)].contiguous(), supers]
 
 
 @dataclass
@@ -83,8 +101,9 @@ def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_values(w: list[Tensor], n: int, k: int) -> Tensor:
     """fp64 [n, k]; `layouts.dequantize` rounds its w8 products to fp32, which the kernels never do."""
-    q, s = layouts.unpack(w, n, k)
-    return q.double() * s.double().repeat_interleave(GROUP if s.shape[1] > 1 else k, dim=1)[:, :k]
+    q, s, m = layouts.unpack(w, n, k)
+    values = q.double() * layouts.per_column(s, k).double()
+    return values if m is None else values + layouts.per_column(m, k).double()
 
 
 def project(x: Approx, w: list[Tensor], bias: Tensor | None, n: int) -> Approx:
@@ -102,10 +121,20 @@ def project(x: Approx, w: list[Tensor], bias: Tensor | None, n: int) -> Approx:
     weights = F.pad(weight_values(w, n, k), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
     a = q.double() * scale.double()[..., None]
     terms = torch.einsum("...gk,ngk->...ng", a, weights)
+    sizes = _sizes_of_terms(a, w, n, k)
     moved = moved + 2.0**-48 * a.abs()  # fp64 rounds too: it shows where the integers of a group cancel to zero
     drift = torch.einsum("...gk,ngk->...n", moved, weights.abs())
-    result = Approx(terms.sum(-1), drift + (groups + 4) * UNIT * terms.abs().sum(-1))
+    result = Approx(terms.sum(-1), drift + (2 * groups + 4) * UNIT * sizes)
     return result.plus(bias)
+
+
+def _sizes_of_terms(a: Tensor, w: list[Tensor], n: int, k: int) -> Tensor:
+    """Sum of |term| over what the kernel adds up: one term per group, and one more where there are minima."""
+    q, s, m = layouts.unpack(w, n, k)
+    values = F.pad(q.double(), (0, -k % GROUP)).unflatten(-1, (-1, GROUP))
+    scale = s.double().expand(n, a.shape[-2])
+    sizes = (torch.einsum("...gk,ngk->...ng", a, values) * scale).abs().sum(-1)
+    return sizes if m is None else sizes + torch.einsum("...g,ng->...n", a.sum(-1).abs(), m.double().abs())
 
 
 def gated(gate: Approx, up: Approx, act: str) -> Approx:

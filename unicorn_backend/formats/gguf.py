@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.formats.safetensors import StoredTensor, read_exactly
-from unicorn_backend.layouts import pack_nibbles, pack_w4n32, pack_w8g32
+from unicorn_backend.layouts import pack_kquant, pack_nibbles, pack_w4m32, pack_w4n32, pack_w8g32
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -142,11 +142,78 @@ def _scales(groups: Tensor) -> Tensor:
     return groups[..., :2].contiguous().view(torch.float16)[..., 0]
 
 
+def repack_q4_1(blocks: Tensor) -> list[Tensor]:
+    """Q4_1 rows uint8 [n, k / 32 * 20] -> w4m32 [w, s, m] with the same values: fp16 scale, fp16 minimum, nibbles."""
+    n = blocks.shape[0]
+    groups = blocks.view(n, -1, 20)
+    halves = groups[..., 4:]
+    q = torch.cat((halves & 15, halves >> 4), dim=-1).view(n, -1)
+    return pack_w4m32(q, _scales(groups), _scales(groups[..., 2:]))
+
+
+def repack_q4_k(blocks: Tensor) -> list[Tensor]:
+    """Q4_K rows uint8 [n, k / 256 * 144] -> q4k with the same values.
+
+    A block: fp16 d and dmin, 12 bytes of 6-bit scales and minima, and 4 times 32 bytes with two groups of 32 each, one
+    in the low nibbles and one in the high ones.
+    """
+    supers, pairs, rest = _super_block(blocks, 144)
+    return pack_kquant(_two_groups(rest), pairs, supers, 4)
+
+
+def repack_q5_k(blocks: Tensor) -> list[Tensor]:
+    """Q5_K rows uint8 [n, k / 256 * 176] -> q5k: as Q4_K, with 32 bytes before the nibbles whose bit i belongs to
+    group i."""
+    supers, pairs, rest = _super_block(blocks, 176)
+    bits = torch.arange(8, dtype=torch.uint8)[:, None]
+    high = (rest[:, :, None, :32] >> bits) & 1  # [n, blocks, group, column]
+    q = _two_groups(rest[..., 32:]) | (high.reshape(blocks.shape[0], -1) << 4)
+    return pack_kquant(q, pairs, supers, 5)
+
+
+def repack_q6_k(blocks: Tensor) -> list[Tensor]:
+    """Q6_K rows uint8 [n, k / 256 * 210] -> q6k with the same values.
+
+    A block: 128 bytes of nibbles, 64 bytes of bits 4 and 5, 16 int8 scales, fp16 d. Each half (128 columns) has 64 and
+    32 of the bytes; its columns 0..63 are the low nibbles, and bits 2 i and 2 i + 1 of the 32 belong to column 32 i.
+    """
+    n = blocks.shape[0]
+    super_blocks = blocks.view(n, -1, 210)
+    low = super_blocks[..., :128].reshape(n, -1, 2, 1, 64)
+    nibbles = torch.cat((low & 15, low >> 4), dim=3)  # [n, blocks, half, 2, 64]
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    high = (super_blocks[..., 128:192].reshape(n, -1, 2, 1, 32) >> shifts) & 3
+    q = nibbles.reshape(n, -1) | (high.reshape(n, -1) << 4)
+    pairs = super_blocks[..., 192:208].reshape(n, -1, 2).view(torch.int8)
+    return pack_kquant(q, pairs, _scales(super_blocks[..., 208:])[..., None], 6)
+
+
+def _super_block(blocks: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """fp16 [n, blocks, 2], uint8 (scale, minimum) [n, groups, 2], and what follows, of Q4_K and Q5_K."""
+    n = blocks.shape[0]
+    super_blocks = blocks.view(n, -1, size)
+    supers = super_blocks[..., :4].contiguous().view(torch.float16)
+    a, b, c = super_blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(2)
+    scales = torch.cat((a & 63, (c & 15) | (a >> 6 << 4)), dim=-1)
+    minima = torch.cat((b & 63, (c >> 4) | (b >> 6 << 4)), dim=-1)
+    return supers, torch.stack((scales, minima), dim=-1).view(n, -1, 2), super_blocks[..., 16:]
+
+
+def _two_groups(nibbles: Tensor) -> Tensor:
+    """[n, blocks, 4 * 32] -> [n, columns]."""
+    pairs = nibbles.reshape(*nibbles.shape[:2], 4, 1, 32)
+    return torch.cat((pairs & 15, pairs >> 4), dim=3).reshape(nibbles.shape[0], -1)
+
+
 # Stored type -> the scheme with the same values, and how its rows become that.
 _EXACT: dict[GGMLQuantizationType, tuple[str, Callable[[Tensor], list[Tensor]]]] = {
     GGMLQuantizationType.Q4_0: ("w4g32", repack_q4_0),
     GGMLQuantizationType.IQ4_NL: ("w4n32", repack_iq4_nl),
     GGMLQuantizationType.Q8_0: ("w8g32", repack_q8_0),
+    GGMLQuantizationType.Q4_1: ("w4m32", repack_q4_1),
+    GGMLQuantizationType.Q4_K: ("q4k", repack_q4_k),
+    GGMLQuantizationType.Q5_K: ("q5k", repack_q5_k),
+    GGMLQuantizationType.Q6_K: ("q6k", repack_q6_k),
 }
 
 

@@ -1,9 +1,9 @@
 """The mathematics of the schemes: quantize a float weight straight into its packed layout.
 
 `unicorn::quantize_<scheme>` takes a float weight [N, K] (bf16, fp16 or fp32) and returns the packed
-tensors of the contract (`ops.py`). The functions here define every result to the last bit (fp32, one
-rounding per written operation, sums over k in ascending order); the native kernels in
-`ops/quantize.cpp` do the same operations on 16 rows at a time. A NaN or Inf raises ValueError.
+tensors of the contract (`ops.py`); the schemes outside NATIVE are in `kquants.py`. The functions here define
+every result to the last bit (fp32, one rounding per written operation, sums over k in ascending order); the
+native kernels in `ops/quantize.cpp` do the same operations on 16 rows at a time. A NaN or Inf raises ValueError.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from unicorn_backend.layouts import (
     pack_w4n32,
     pack_w8,
     pack_w8g32,
+    scheme_of,
 )
 from unicorn_backend.ops import LIBRARY
+from unicorn_backend.quantize import kquants
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +52,15 @@ THRESHOLDS = tuple((a + b) / 2 for a, b in itertools.pairwise(CODEBOOK))  # exac
 MIN_AMAX = 2.0**-100  # below it a weight counts as zero: its reciprocal stays finite and normal
 MAX_SCALE = 65504.0  # largest fp16
 
-for _scheme in SCHEMES:
+NATIVE = ("w4g32", "w4n32", "w8c", "w8a", "w8g32")
+KQUANTS = {
+    "w4m32": kquants.quantize_w4m32,
+    "q4k": kquants.quantize_q4k,
+    "q5k": kquants.quantize_q5k,
+    "q6k": kquants.quantize_q6k,
+}
+
+for _scheme in NATIVE:
     LIBRARY.define(f"quantize_{_scheme}(Tensor w) -> ({', '.join(['Tensor'] * len(PARTS[_scheme]))})")
 
 # count_nonfinite: how many elements of a float tensor of any shape are NaN or Inf.
@@ -85,12 +95,16 @@ def quantize_weight(w: Tensor, scheme: str) -> list[Tensor]:
     ensure_kernels()
     if scheme not in SCHEMES:
         raise OptionError(f"scheme: got {scheme!r}, allowed are {', '.join(SCHEMES)}")
+    if scheme in KQUANTS:
+        _check(w)
+        return list(KQUANTS[scheme](w))
     return list(getattr(torch.ops.unicorn, f"quantize_{scheme}")(w))
 
 
 def quantization_noise(w: Tensor, packed: list[Tensor]) -> tuple[float, float]:
     """(signal, noise): sums of squares of a float weight and of what packing changed."""
-    signal, noise = torch.ops.unicorn.quantization_noise(w, packed)
+    run = quantization_noise_reference if scheme_of(packed) in KQUANTS else torch.ops.unicorn.quantization_noise
+    signal, noise = run(w, packed)
     return float(signal), float(noise)
 
 
@@ -237,7 +251,7 @@ def _fake(scheme: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
     return fake
 
 
-for _scheme in SCHEMES:
+for _scheme in NATIVE:
     torch.library.register_fake(f"unicorn::quantize_{_scheme}", _fake(_scheme))
 # Where the native library is there, its CPU kernels come before these.
 REFERENCES: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
