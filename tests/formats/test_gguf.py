@@ -1,4 +1,4 @@
-"""GGUF in and out: Q4_0, IQ4_NL and Q8_0 keep their values, other types are requantized, hostile files refused."""
+"""GGUF in and out: the types with a packed form keep their values, others are requantized, hostile files refused."""
 
 from __future__ import annotations
 
@@ -80,6 +80,28 @@ def test_repacks_exactly(kind: Type, repack: Any, back: Any) -> None:
         assert np.array_equal(dequantize(packed, rows, k).numpy(), gguf.quants.dequantize(blocks, kind))
         if back is not None:
             assert np.array_equal(back(packed)[:rows].numpy(), blocks)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scheme"), [(Type.Q4_1, "w4m32"), (Type.Q4_K, "q4k"), (Type.Q5_K, "q5k"), (Type.Q6_K, "q6k")]
+)
+def test_stays_packed_in_a_model(folder: Path, tmp_path: Path, kind: Type, scheme: str) -> None:
+    """Through the file, the checkpoint and `from_pretrained`: the values of the blocks, with no note."""
+    name, shape = "blk.1.ffn_gate.weight", (1024, 256)
+    blocks = random_blocks(kind, *shape)
+    rewrite(
+        folder / "bf16/model.gguf",
+        tmp_path / "model.gguf",
+        lambda n, t: (blocks, kind) if n == name else (t.data, t.tensor_type),
+    )
+    result = quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
+    assert result["notes"] == [] and verify(tmp_path / "out") == []
+    module = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].mlp.gate_proj
+    assert module.scheme == scheme
+    values = dequantize(module.packed, *shape).numpy()
+    assert np.array_equal(values, gguf.quants.dequantize(blocks, kind))
+    with pytest.raises(CheckpointError, match=f"not {scheme}"):
+        quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "again", format="gguf")
 
 
 def test_hybrid_out_and_in_again(tmp_path: Path, tiny: Any) -> None:

@@ -183,7 +183,7 @@ class CompressedTensorsOut:
         return {"w4g32": "int4-g32", "w8c": "int8-channel"}.get(scheme, FLOAT)
 
     def outputs(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], scheme: str) -> Declared:
-        if scheme in ("w4n32", "w8g32"):
+        if scheme not in (*_BITS, "w8a", FLOAT):
             raise CheckpointError(f"{name}: compressed-tensors cannot hold {scheme}; use w4g32, w8c or another format")
         if scheme not in _BITS:
             return {name: (self._dtype if scheme != FLOAT else dtype, shape)}

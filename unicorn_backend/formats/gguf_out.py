@@ -64,6 +64,8 @@ class GgufOut:
         return FLOAT if scheme == FLOAT else str(_TYPES[scheme].name)
 
     def outputs(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], scheme: str) -> Declared:
+        if scheme not in (*_TYPES, FLOAT):
+            raise CheckpointError(f"{name}: --format gguf writes {', '.join(_TYPES)}, not {scheme}")
         if scheme != FLOAT and shape[1] % GROUP:
             raise CheckpointError(f"{name}: {shape[1]} columns are no multiple of {GROUP}, which GGUF blocks need")
         kind = _TYPES[scheme] if scheme != FLOAT else Type.F32 if len(shape) == 1 else _FLOATS[dtype]
