@@ -21,7 +21,7 @@ install: $(VENV)/.package
 
 # Threads that sleep instead of spinning: on a busy machine the tests take half the time.
 test: lint  ## lint, then every test
-	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(PY) -m pytest
+	HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n 2 --dist worksteal
 
 test-xrt:  ## the NPU runtime on the real XRT over a fake kernel driver, in a chroot (root; network the first time)
 	tests/npu/xrt/run.sh

@@ -29,6 +29,7 @@ from unicorn_backend.plan import Left, Plan
 log = logging.getLogger(__name__)
 
 _numbers = itertools.count(1)
+_said: set[str] = set()  # reasons why something is not on a device: a warning once per process, then information
 
 
 def unicorn(
@@ -98,6 +99,7 @@ def _keeping(sites: Sequence[Any], run: Callable[..., Any]) -> Callable[..., Any
 def reset() -> None:
     """Called by `torch._dynamo.reset()`: forget the plans of graphs that no longer exist."""
     prepare.forget_plans()
+    _said.clear()
 
 
 unicorn.reset = reset  # type: ignore[attr-defined]
@@ -132,7 +134,8 @@ def _report(plan: Plan, options: Options) -> None:
     for left in plan.left:
         log.debug("left to plain torch: %s at %s: %s", left.kind, left.where, left.reason)
     for reason in sorted({step.reason for step in plan.steps if step.device == "cpu" and step.reason}):
-        log.warning("graph %d: on the cpu: %s", plan.graph, reason)
+        log.log(logging.INFO if reason in _said else logging.WARNING, "graph %d: on the cpu: %s", plan.graph, reason)
+        _said.add(reason)
     prepare.remember_plan(plan)
     if options.strict and plan.left:
         lines = "\n".join(f"  {left.kind} at {left.where}: {left.reason}" for left in plan.left)

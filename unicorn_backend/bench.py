@@ -121,7 +121,9 @@ def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> 
 def _at_context(systems: Sequence[System], work: Workload, tokens: int) -> dict[str, Any]:
     """First-token time and decode speed of the Hugging Face systems after a prompt of `tokens`."""
     ids = models.sample_ids(tokens, work.model)
-    runs = {s.name: partial(measure.generate_timed, s.model, ids, work.new_tokens) for s in systems if s.model}
+    runs = {
+        s.name: partial(measure.generate_timed, s.model, ids, work.new_tokens) for s in systems if s.model is not None
+    }
     timings = measure.interleave(runs, work.rounds)
     rows = [
         {

@@ -219,7 +219,7 @@ def test_the_memory_budget_is_kept(emulate: None) -> None:
 
     engine = device().engine
     assert isinstance(engine, NpuEngine)
-    engine.budget_bytes = 1 << 20
+    engine.budget_bytes = 1 << 16
     with pytest.raises(Unavailable, match="budget"):
         engine.prepare(wanted.attention("npu1", 64))
 

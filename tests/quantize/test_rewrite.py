@@ -155,7 +155,7 @@ def test_memory_goes_back_to_the_system(native: None) -> None:
     before = _resident()
     quantize(model, "q4")
     gc.collect()
-    assert -152e6 < _resident() - before < -95e6  # -109 MB, or less where the heap had room for the packed ones
+    assert _resident() - before < -95e6  # -109 MB, or more where the heap had room for the packed ones
 
 
 def _resident() -> int:
