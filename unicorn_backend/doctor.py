@@ -29,6 +29,7 @@ from rich.text import Text
 
 from unicorn_backend import assets, measure, table
 from unicorn_backend.errors import NativeLibraryError, OptionError
+from unicorn_backend.generation.meter import bandwidth_gbps
 from unicorn_backend.options import cache_folder, forced_isa
 
 TESTED = {"torch": "2.13", "transformers": "5.23"}
@@ -168,8 +169,9 @@ def check_memory() -> Check:
 
 
 def check_bandwidth() -> Check:
-    gbps = measure.read_bandwidth(256 << 20, passes=3)
-    return Check("bandwidth", "ok", f"{gbps:.1f} GB/s read; the ceiling of tokens/s is this over bytes per token")
+    return Check(
+        "bandwidth", "ok", f"{bandwidth_gbps():.1f} GB/s read; the ceiling of tokens/s is this over bytes per token"
+    )
 
 
 def check_cache() -> Check:
@@ -216,33 +218,22 @@ def check_vulkan() -> Check:
     if importlib.util.find_spec("vulkan") is None:
         found = f"loader present, {len(nodes)} render nodes; devices not listed without the Python binding"
         return Check("vulkan", "info", found, "pip install vulkan")
-    devices = _vulkan_devices()
-    if isinstance(devices, str):
-        return Check("vulkan", "warn", devices, "sudo apt install mesa-vulkan-drivers")
-    software = all(kind == "cpu" for _, kind in devices)
-    found = ", ".join(f"{name} ({kind})" for name, kind in devices) or "no device"
-    if software:
+    from unicorn_backend.runtime.vulkan import api, physical
+
+    try:
+        devices, trouble = physical.devices(), ""
+    except api.VulkanError as error:
+        devices, trouble = [], f" ({error})"
+    if not devices:
+        return Check(
+            "vulkan", "warn", f"the loader finds no working driver{trouble}", "sudo apt install mesa-vulkan-drivers"
+        )
+    found = ", ".join(f"{device.name} ({device.kind})" for device in devices)
+    if all(device.kind == "software" for device in devices):
         return Check(
             "vulkan", "info", f"{found}: no GPU", "a software driver computes on the CPU; it is of no use here"
         )
     return Check("vulkan", "ok", found)
-
-
-def _vulkan_devices() -> list[tuple[str, str]] | str:
-    """(name, kind) of each device, or what went wrong."""
-    import vulkan as vk
-
-    kinds = {0: "other", 1: "integrated gpu", 2: "discrete gpu", 3: "virtual gpu", 4: "cpu"}
-    info = vk.VkApplicationInfo(pApplicationName="unicorn doctor", apiVersion=vk.VK_MAKE_VERSION(1, 1, 0))
-    try:
-        instance = vk.vkCreateInstance(vk.VkInstanceCreateInfo(pApplicationInfo=info), None)
-        found = vk.vkEnumeratePhysicalDevices(instance)
-    except vk.VkError as error:
-        return f"the loader finds no working driver ({type(error).__name__})"
-    rows = [vk.vkGetPhysicalDeviceProperties(device) for device in found]
-    names = [(str(row.deviceName), kinds.get(int(row.deviceType), "other")) for row in rows]
-    vk.vkDestroyInstance(instance, None)
-    return names
 
 
 def check_npu() -> Check:

@@ -49,7 +49,7 @@ def matmul(x: Tensor, w: list[Tensor], n: int) -> Tensor:
 
 def rms_norm(x: Tensor, w: Tensor | None, eps: float, offset: float) -> Tensor:
     """See `ops.py`. Same shape and dtype as x."""
-    return _norm(x, w, eps, offset).to(x.dtype)
+    return normed(x, w, eps, offset).to(x.dtype)
 
 
 def linear(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
@@ -82,7 +82,7 @@ def int8_qkv(
     head_dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.py`. -> q [B, H, T, D], k and v [B, Hkv, T, D]."""
-    h = _norm(x, norm_w, norm_eps, norm_offset)
+    h = normed(x, norm_w, norm_eps, norm_offset)
     biases: list[Tensor | None] = [*bias] or [None] * 3
     out = []
     for weights, b, count, w in zip(
@@ -91,7 +91,7 @@ def int8_qkv(
         y = _linear(_as_input(h, weights, x), weights, b, count * head_dim)
         out.append((y.unflatten(-1, (count, head_dim)).transpose(1, 2), w))
     q, k, v = (
-        y if i == 2 else _rotate(_norm(y, w, qk_norm_eps, qk_norm_offset), cos, sin) for i, (y, w) in enumerate(out)
+        y if i == 2 else rotated(normed(y, w, qk_norm_eps, qk_norm_offset), cos, sin) for i, (y, w) in enumerate(out)
     )
     return q.to(x.dtype).contiguous(), k.to(x.dtype).contiguous(), v.to(x.dtype).contiguous()
 
@@ -148,7 +148,7 @@ def int4_ffn(
     residual: Tensor | None,
 ) -> Tensor:
     """See `ops.py`. [..., K] -> [..., n]."""
-    h = _norm(x, norm_w, norm_eps, norm_offset)
+    h = normed(x, norm_w, norm_eps, norm_offset)
     biases: list[Tensor | None] = [*bias] or [None] * 3
     bg, bu, bd = biases
     gate, up = (_linear(_as_input(h, w, x), w, b, f) for w, b in ((wg, bg), (wu, bu)))
@@ -180,25 +180,26 @@ def _linear(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
     return y if bias is None else y + bias.double()
 
 
-def _norm(x: Tensor, w: Tensor | None, eps: float | None, offset: float) -> Tensor:
-    """fp64; x itself where eps is None."""
+def normed(x: Tensor, w: Tensor | None, eps: float | None, offset: float, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x under an RMS norm, computed in `dtype`; x itself where eps is None."""
     if eps is None:
         return x
-    d = x.double()
+    d = x.to(dtype)
     d = d * torch.rsqrt(d.pow(2).mean(-1, keepdim=True) + eps)
-    return d if w is None else d * (w.double() + offset)
+    return d if w is None else d * (w.to(dtype) + offset)
 
 
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
+def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
+    """x [B, heads, T, D] under rotary embedding, computed in `dtype`; cos, sin [B or 1, T, D], or None: x itself."""
     if cos is None or sin is None:
         return x
     half = x.shape[-1] // 2
     swapped = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x.double() * cos.double().unsqueeze(1) + swapped.double() * sin.double().unsqueeze(1)
+    return x.to(dtype) * cos.to(dtype).unsqueeze(1) + swapped.to(dtype) * sin.to(dtype).unsqueeze(1)
 
 
 def _finish(
     y: Tensor, w: Tensor | None, eps: float | None, offset: float, residual: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    y = _norm(y, w, eps, offset)
+    y = normed(y, w, eps, offset)
     return (y if residual is None else y + residual.double()).to(dtype)

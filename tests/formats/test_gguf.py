@@ -82,23 +82,28 @@ def test_repacks_exactly(kind: Type, repack: Any, back: Any) -> None:
             assert np.array_equal(back(packed)[:rows].numpy(), blocks)
 
 
+def with_random_gate(folder: Path, tmp_path: Path, kind: Type) -> np.ndarray:
+    """Write tmp_path/model.gguf, the bf16 file with other blocks in gate_proj of layer 1; returns the blocks."""
+    blocks = random_blocks(kind, 1024, 256)
+    rewrite(
+        folder / "bf16/model.gguf",
+        tmp_path / "model.gguf",
+        lambda n, t: (blocks, kind) if n == "blk.1.ffn_gate.weight" else (t.data, t.tensor_type),
+    )
+    return blocks
+
+
 @pytest.mark.parametrize(
     ("kind", "scheme"), [(Type.Q4_1, "w4m32"), (Type.Q4_K, "q4k"), (Type.Q5_K, "q5k"), (Type.Q6_K, "q6k")]
 )
 def test_stays_packed_in_a_model(folder: Path, tmp_path: Path, kind: Type, scheme: str) -> None:
     """Through the file, the checkpoint and `from_pretrained`: the values of the blocks, with no note."""
-    name, shape = "blk.1.ffn_gate.weight", (1024, 256)
-    blocks = random_blocks(kind, *shape)
-    rewrite(
-        folder / "bf16/model.gguf",
-        tmp_path / "model.gguf",
-        lambda n, t: (blocks, kind) if n == name else (t.data, t.tensor_type),
-    )
+    blocks = with_random_gate(folder, tmp_path, kind)
     result = quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     assert result["notes"] == [] and verify(tmp_path / "out") == []
     module = AutoModelForCausalLM.from_pretrained(tmp_path / "out").model.layers[1].mlp.gate_proj
     assert module.scheme == scheme
-    values = dequantize(module.packed, *shape).numpy()
+    values = dequantize(module.packed, 1024, 256).numpy()
     assert np.array_equal(values, gguf.quants.dequantize(blocks, kind))
     with pytest.raises(CheckpointError, match=f"not {scheme}"):
         quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "again", format="gguf")
@@ -205,13 +210,7 @@ def rewrite(source: Path, target: Path, change: Callable[[str, Any], tuple[Any, 
 
 @pytest.mark.parametrize("kind", [Type.Q5_0, Type.Q3_K])
 def test_other_types_are_requantized(folder: Path, tmp_path: Path, kind: Type) -> None:
-    name, shape = "blk.1.ffn_gate.weight", (1024, 256)
-    blocks = random_blocks(kind, *shape)
-    rewrite(
-        folder / "bf16/model.gguf",
-        tmp_path / "model.gguf",
-        lambda n, t: (blocks, kind) if n == name else (t.data, t.tensor_type),
-    )
+    blocks = with_random_gate(folder, tmp_path, kind)
     result = quantize_checkpoint(tmp_path / "model.gguf", tmp_path / "out")
     assert result["notes"] == [f"1 weights stored as {kind.name} were dequantized and quantized again to w4g32"]
     ours = load_file(tmp_path / "out/model.safetensors")

@@ -91,7 +91,7 @@ def rotated(x: Approx, cos: Tensor | None, sin: Tensor | None) -> Approx:
     c, s = cos.double().abs().unsqueeze(1), sin.double().abs().unsqueeze(1)
     error = x.error * c + x.error.roll(x.error.shape[-1] // 2, -1) * s
     size = x.value.abs() * c + x.value.abs().roll(x.value.shape[-1] // 2, -1) * s
-    return Approx(reference._rotate(x.value, cos, sin), error * (1 + 1e-6) + 3 * 2.0**-24 * size)
+    return Approx(reference.rotated(x.value, cos, sin), error * (1 + 1e-6) + 3 * 2.0**-24 * size)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

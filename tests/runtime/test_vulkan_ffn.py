@@ -120,7 +120,7 @@ def check(device: Any, args: tuple[Any, ...]) -> None:
     a, a_scale = read(kernels._a, (m, gk, GROUP), torch.int8), read(kernels._a_scale, (m, gk), torch.float32)
     p, p_scale = read(kernels._p, (m, gf, GROUP), torch.int8), read(kernels._p_scale, (m, gf), torch.float32)
 
-    h = reference._norm(x.double(), pre, eps, offset)
+    h = reference.normed(x.double(), pre, eps, offset)
     check_quantized(a, a_scale, h, h.abs() * ((k / 256 + 16) * EPS))  # k / 256 squares per thread, then a tree
 
     gate, gate_size = sums(a, a_scale, wg, f, k)

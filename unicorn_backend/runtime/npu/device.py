@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from unicorn_backend.graph.describe import OPS
 from unicorn_backend.runtime.device import Memory, Work
 from unicorn_backend.runtime.npu import cost
 from unicorn_backend.runtime.npu.designs import IllegalDesign
@@ -21,7 +22,6 @@ from unicorn_backend.runtime.npu.xrt import Xrt
 
 log = logging.getLogger(__name__)
 
-WEIGHTS = {"int8_qkv": (4, 5, 6), "int8_attention": (7,)}
 REGIONS: dict[str, Any] = {"int8_qkv": QkvRegion, "int8_attention": AttentionRegion}
 LEAST_EMULATED = 2  # tokens: the emulator is there to be run, no cost decides
 
@@ -83,7 +83,8 @@ class NpuDevice:
         cost.store(self._root, self._key, self.rates)
 
     def region(self, op: str, arguments: Sequence[Any]) -> _Region:
-        weights = [tensor for position in WEIGHTS[op] for tensor in arguments[position]]
+        _, positions = OPS[getattr(torch.ops.unicorn, op).default]
+        weights = [tensor for position in positions for tensor in arguments[position]]
         key = (op, *(tensor.data_ptr() for tensor in weights))
         with self._lock:
             found = self._regions.get(key)

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicorn_backend.layouts import W8_ZERO, unpack_w8
+from unicorn_backend.reference import normed, rotated
 from unicorn_backend.runtime.npu import wanted
 from unicorn_backend.runtime.npu.arithmetic import Keys, Rows
 from unicorn_backend.runtime.npu.designs import MAX_KEYS, Attention, IllegalDesign
@@ -69,7 +70,7 @@ class QkvRegion:
         """The op's result, or None if a value is not finite."""
         x, norm_w, norm_eps, norm_offset = arguments[:4]
         bias, q_norm_w, k_norm_w, eps, offset, cos, sin, _, _, dim = arguments[7:17]
-        h = _norm(x.float(), norm_w, norm_eps, norm_offset).reshape(-1, x.shape[-1])
+        h = normed(x.float(), norm_w, norm_eps, norm_offset, torch.float32).reshape(-1, x.shape[-1])
         if not torch.isfinite(h).all():
             return None
         y = self._projection(self._engine, h).view(*x.shape[:2], -1)
@@ -78,7 +79,8 @@ class QkvRegion:
             biased = part + bias[i].float() if bias else part
             states = biased.unflatten(-1, (-1, dim)).transpose(1, 2)
             if i < 2:
-                states = _rotate(_norm(states, (q_norm_w, k_norm_w)[i], eps, offset), cos, sin)
+                states = normed(states, (q_norm_w, k_norm_w)[i], eps, offset, torch.float32)
+                states = rotated(states, cos, sin, torch.float32)
             out.append(states.to(x.dtype).contiguous())
         return tuple(out)
 
@@ -102,7 +104,7 @@ class AttentionRegion:
             return None
         joined = attend(self._engine, self._design, q, k, v, spans, scale)
         y = self._projection(self._engine, joined.flatten(0, 1)).view(q.shape[0], q.shape[2], self._n)
-        y = _norm(y if bo is None else y + bo.float(), post_w, post_eps, post_offset)
+        y = normed(y if bo is None else y + bo.float(), post_w, post_eps, post_offset, torch.float32)
         return (y if residual is None else y + residual.float()).to(q.dtype)
 
 
@@ -195,18 +197,3 @@ def quantize_keys(design: Attention, k: Tensor, v: Tensor) -> tuple[Keys, float,
     value = torch.zeros(padded, v.shape[1], dtype=torch.int8)
     value[: len(v)] = torch.round(v * (127.0 / v_most)).to(torch.int8)
     return Keys(key.numpy(), value.numpy(), finer.to(torch.int32).numpy(), design.keys), most / 127.0, v_most / 127.0
-
-
-def _norm(x: Tensor, w: Tensor | None, eps: float | None, offset: float) -> Tensor:
-    if eps is None:
-        return x
-    y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
-    return y if w is None else y * (w.float() + offset)
-
-
-def _rotate(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:
-    if cos is None or sin is None:
-        return x
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x * cos.float().unsqueeze(1) + turned * sin.float().unsqueeze(1)
