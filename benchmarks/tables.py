@@ -125,7 +125,25 @@ def peers(result: dict[str, Any]) -> str:
     return f"{caption}\n\n{table.markdown(header, rows)}"
 
 
-KINDS = {"peers": peers, "decode": decode, "quality": quality, "quantize": quantize}
+def models(result: dict[str, Any]) -> str:
+    """Architectures by what is matched; those of which the same is true share a row."""
+    header = ("model types", "attention", "q, k, v", "feed-forward", "left to single ops or torch", "tokens of eager")
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for row in result["rows"]:
+        cells = [_of_all(row, kind) for kind in ("attention", "qkv", "ffn")]
+        verdict = row.get("tokens_fp32", row["tokens"])
+        reasons = dict.fromkeys(f"{kind}: {reason}" for kind, reason, _ in row["left"]) | dict.fromkeys(row["notes"])
+        groups.setdefault((*cells, "; ".join(reasons), verdict), []).append(row["model"])
+    rows = [(", ".join(f"`{name}`" for name in names), *cells) for cells, names in groups.items()]
+    return table.markdown(header, sorted(rows, key=lambda row: len(row[4])))
+
+
+def _of_all(row: dict[str, Any], kind: str) -> str:
+    taken, left = row["taken"].get(kind, 0), sum(count for what, _, count in row["left"] if what == kind)
+    return "" if taken + left == 0 else "yes" if left == 0 else f"{taken} of {taken + left}"
+
+
+KINDS = {"models": models, "peers": peers, "decode": decode, "quality": quality, "quantize": quantize}
 
 
 def main() -> None:

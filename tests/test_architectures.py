@@ -6,6 +6,8 @@ and the compiled model must give eager's logits within bf16 rounding (recipe "no
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from tests.counting import watch
 
+ROOT = Path(__file__).parents[1]
 LAYERS = 2
 BASE: dict[str, Any] = {
     "hidden_size": 128,
@@ -104,6 +107,27 @@ def test_what_is_not_gated_runs_with_a_reason(monkeypatch: pytest.MonkeyPatch) -
         "the gelu_tanh of a projection is not multiplied by a second projection (not gated)"
     ] * LAYERS
     assert sum(step.kind == "linear" for step in plan.steps) == 2 * LAYERS + 1, "its projections are still ours"
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "gptj",  # queries and keys rotated in fp32, values in bf16
+        "olmo",  # no parameter but linears
+        "mamba",  # computes with the weight of a projection itself
+    ],
+)
+def test_what_is_left_runs_as_torch_does(model_type: str) -> None:
+    row = _benchmark().examine(model_type, {})
+    assert row.get("tokens_fp32", row["tokens"]) == "equal" and row["taken"]["linear"] > 0, row
+
+
+def _benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture

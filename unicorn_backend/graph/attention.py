@@ -35,6 +35,7 @@ from unicorn_backend.graph.pattern import (
     static,
     strip,
     tail_of,
+    value,
 )
 from unicorn_backend.graph.region import Attention, Match, Qkv, rows_fit
 
@@ -130,6 +131,7 @@ def _eager(softmax: Node) -> _Core | str | None:
     if product is None:
         return "the logits are not a scaled product of queries and keys plus a mask"
     q, k, scale, softcap = product
+    q, k = (strip(one, *CASTS) for one in (q, k))  # the op computes in fp32 itself
     return _Core(user, q, _unrepeat(k), _unrepeat(user.args[1]), mask, False, scale, softcap)
 
 
@@ -209,6 +211,9 @@ def _bad_heads(core: _Core) -> str | None:
     heads, kv_heads = static(shape(core.q)[1]), static(shape(core.k)[1])
     if heads is None or kv_heads is None or heads % kv_heads or static(shape(core.v)[1]) != kv_heads:
         return f"{heads} query heads do not divide over {kv_heads} key and {shape(core.v)[1]} value heads"
+    dtypes = [value(one).dtype for one in (core.q, core.k, core.v)]
+    if len(set(dtypes)) > 1:
+        return f"query, key and value differ in dtype: {', '.join(map(str, dtypes))}"
     if core.mask is not None and len(shape(core.mask)) not in (2, 3, 4):
         return f"mask has {len(shape(core.mask))} dimensions"
     return None

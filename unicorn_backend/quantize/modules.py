@@ -7,9 +7,11 @@ transformers takes `model.dtype` from the first floating parameter, and a scale 
 
 from __future__ import annotations
 
+import dis
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import CodeType
 from typing import Any
 
 import torch
@@ -169,6 +171,38 @@ def refusal(module: nn.Module) -> str | None:
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm changes the table in forward"
     return _overridden(type(module), nn.Linear if isinstance(module, nn.Linear) else nn.Embedding)
+
+
+# What a `PackedWeight` answers without the float values.
+_ANSWERED = {"dtype", "device", "shape", "ndim", "dim", "size", "numel", "is_floating_point"}
+
+
+@functools.cache
+def weights_read(cls: type[nn.Module]) -> frozenset[str]:
+    """Names of the children whose `weight` the forward of `cls` computes with itself, as `self.proj.weight @ x`."""
+    found, seen, queue = set(), set(), ["forward"]
+    while queue:
+        name = queue.pop()
+        method = inspect.unwrap(getattr(cls, name, None))  # type: ignore[arg-type]
+        code = getattr(method, "__code__", None)
+        if code is None or name in seen or "cuda" in name:  # the path of another device
+            continue
+        seen.add(name)
+        for part in _nested(code):
+            queue += [used for used in part.co_names if inspect.isfunction(getattr(cls, used, None))]
+            steps = [*dis.get_instructions(part)]
+            for child, weight, after in zip(steps, steps[1:], steps[2:], strict=False):
+                attributes = all(step.opname in ("LOAD_ATTR", "LOAD_METHOD") for step in (child, weight))
+                if attributes and weight.argval == "weight" and after.argval not in _ANSWERED:
+                    found.add(str(child.argval))
+    return frozenset(found)
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
 
 
 def _overridden(cls: type[nn.Module], base: type[nn.Module]) -> str | None:

@@ -28,6 +28,7 @@ from unicorn_backend.quantize.modules import (
     pack_module,
     refusal,
     unpack_module,
+    weights_read,
 )
 from unicorn_backend.quantize.recipe import FLOAT, Recipe, recipes
 from unicorn_backend.quantize.schemes import ensure_kernels, quantization_noise_reference, quantize_weight
@@ -138,11 +139,23 @@ def plan(model: nn.Module, recipe: Recipe, tied: Mapping[str, str] | None = None
         if not any(isinstance(module, (nn.Linear, nn.Embedding)) for _, module, _ in group):
             continue
         scheme, reason = _decide(group, recipe)
+        if any(_read_by_owner(model, name) for name, _, _ in group):
+            scheme, reason = None, "its owner reads the float weight directly"
         if scheme is None:
             left.update({name: reason for name, _, _ in group})
         else:
             jobs.append(Job(group[0][2], scheme, _embedding_first(group)))
+    packed = {_identity(job.weight) for job in jobs}
+    if jobs and _pretrained(model) and all(_identity(parameter) in packed for parameter in parameters.values()):
+        smallest = min(jobs, key=lambda job: job.weight.numel())  # OLMo: not even its norms have a weight
+        jobs = [job for job in jobs if job is not smallest]
+        left.update({name: "transformers needs one parameter to tell a model's dtype" for name, _ in smallest.users})
     return jobs, left
+
+
+def _read_by_owner(model: nn.Module, name: str) -> bool:
+    owner, _, child = name.rpartition(".")
+    return bool(name) and child in weights_read(type(model.get_submodule(owner)))
 
 
 def _run(job: Job, mapped: MappedFiles, keep: bool) -> int:
