@@ -155,7 +155,8 @@ def plan(model: nn.Module, recipe: Recipe, tied: Mapping[str, str] | None = None
 
 def _read_by_owner(model: nn.Module, name: str) -> bool:
     owner, _, child = name.rpartition(".")
-    return bool(name) and child in weights_read(type(model.get_submodule(owner)))
+    cls: Any = type(model.get_submodule(owner))
+    return bool(name) and child in weights_read(cls)
 
 
 def _run(job: Job, mapped: MappedFiles, keep: bool) -> int:
