@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels.h"
+
 namespace unicorn {
 
 // The values of w4n32: those of GGUF's IQ4_NL (schemes.py CODEBOOK).
@@ -18,18 +20,22 @@ struct QuantizeArgs {
   const void* w;
   FloatType type;
   int64_t n, k, row_bytes;
-  uint8_t* packed;         // 4 bits [N16, k32, 4, 16, 4], 8 bits [N16, k32, 8, 16, 4]
-  void* scale;             // w8c and w8a fp32 [N16, 16], else fp16 [N16, k32, 16]
-  uint8_t* zero;           // w8a [N16, 16]
-  const int8_t* codebook;  // w4n32 [16]
+  uint8_t* packed;          // [N16, k32, bits, 16, 4]
+  void* scale;              // w8c and w8a fp32 [N16, 16], q?k bytes [N16, k32, 2, 16], else fp16 [N16, k32, 16]
+  uint8_t* zero;            // w8a [N16, 16]
+  const int8_t* codebook;   // w4n32 [16]
+  uint16_t* half;           // w4m32 [N16, k32, 16]; q4k and q5k [N16, k256, 2, 16]; q6k [N16, k256, 1, 16]
+  const float* importance;  // [k] or null: weights of the columns' squared errors
 };
+
+constexpr int kSchemes = 9;
 
 // Sums of squares: of the weight, and of what packing changed.
 struct Noise {
   double signal = 0.0, noise = 0.0;
 };
 
-// Of tiles begin..end-1 of a weight and its packed form. w8c: `zero` is null.
+// Of tiles begin..end-1 of a weight and its packed form.
 using NoiseTiles = Noise (*)(const QuantizeArgs& args, int64_t begin, int64_t end);
 
 // Quantize tiles begin..end-1. False if a NaN or Inf was met: the output is unspecified then.
@@ -37,8 +43,8 @@ using QuantizeTiles = bool (*)(const QuantizeArgs& args, int64_t begin, int64_t 
 
 struct Quantizer {
   const char* isa;
-  QuantizeTiles w4g32, w4n32, w8c, w8a, w8g32;
-  NoiseTiles w4g32_noise, w4n32_noise, w8_noise, w8g32_noise;
+  QuantizeTiles quantize[kSchemes];
+  NoiseTiles noise[kSchemes];
   // How many of `count` dense elements are NaN or Inf.
   int64_t (*count_nonfinite)(const void* w, FloatType type, int64_t count);
 };

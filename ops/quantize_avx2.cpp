@@ -26,7 +26,6 @@ inline VF look_up(const float* table, VI index) { return (VF)_mm256_i32gather_ps
 
 namespace unicorn {
 extern const Quantizer quantizer_avx2;
-const Quantizer quantizer_avx2 = {"avx2",      w4g32,       w4n32,    w8<false>,   w8<true>,       w8g32,
-                                  w4g32_noise, w4n32_noise, w8_noise, w8g32_noise, count_nonfinite};
+const Quantizer quantizer_avx2 = table("avx2");
 }  // namespace unicorn
 #endif

@@ -30,7 +30,6 @@ inline VF look_up(const float* table, VI index) {
 
 namespace unicorn {
 extern const Quantizer quantizer_avx512;
-const Quantizer quantizer_avx512 = {"avx512",    w4g32,       w4n32,    w8<false>,   w8<true>,       w8g32,
-                                    w4g32_noise, w4n32_noise, w8_noise, w8g32_noise, count_nonfinite};
+const Quantizer quantizer_avx512 = table("avx512");
 }  // namespace unicorn
 #endif

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <optional>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -16,6 +17,7 @@ namespace {
 using at::Tensor;
 using unicorn::FloatType;
 using unicorn::QuantizeArgs;
+using unicorn::Scheme;
 
 constexpr int64_t kRows = 16, kGroup = 32;
 constexpr int64_t kScanBlock = 1 << 20;  // elements per task of the scan for NaN and Inf
@@ -46,6 +48,42 @@ int64_t count_nonfinite(const Tensor& tensor) {
   return bad;
 }
 
+// dtype and shape of one packed tensor.
+struct Part {
+  at::ScalarType dtype;
+  std::vector<int64_t> shape;
+};
+
+// The packed tensors of a weight, as in unicorn_backend/layouts.py (PARTS).
+std::vector<Part> parts(Scheme scheme, const Tensor& w) {
+  TORCH_CHECK(w.dim() == 2, "quantize: expected a matrix, got ", w.sizes());
+  const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup), k256 = ceil_div(k32, 8);
+  const auto packed = [&](int64_t bits) { return Part{at::kByte, {n16, k32, bits, kRows, 4}}; };
+  const Part grouped{at::kHalf, {n16, k32, kRows}}, per_row{at::kFloat, {n16, kRows}};
+  const auto pairs = [&](at::ScalarType dtype) { return Part{dtype, {n16, k32, 2, kRows}}; };
+  switch (scheme) {
+    case Scheme::w4g32:
+      return {packed(4), grouped};
+    case Scheme::w4n32:
+      return {packed(4), grouped, {at::kChar, {unicorn::kCodebookSize}}};
+    case Scheme::w4m32:
+      return {packed(4), grouped, grouped};
+    case Scheme::q4k:
+      return {packed(4), pairs(at::kByte), {at::kHalf, {n16, k256, 2, kRows}}};
+    case Scheme::q5k:
+      return {packed(5), pairs(at::kByte), {at::kHalf, {n16, k256, 2, kRows}}};
+    case Scheme::q6k:
+      return {packed(6), pairs(at::kChar), {at::kHalf, {n16, k256, 1, kRows}}};
+    case Scheme::w8c:
+      return {packed(8), per_row};
+    case Scheme::w8a:
+      return {packed(8), per_row, {at::kByte, {n16, kRows}}};
+    case Scheme::w8g32:
+      return {packed(8), grouped};
+  }
+  TORCH_INTERNAL_ASSERT(false);
+}
+
 QuantizeArgs arguments(const Tensor& w, const std::vector<Tensor>& packed) {
   QuantizeArgs args{w.const_data_ptr(),
                     float_type(w),
@@ -55,9 +93,14 @@ QuantizeArgs arguments(const Tensor& w, const std::vector<Tensor>& packed) {
                     packed[0].mutable_data_ptr<uint8_t>(),
                     packed[1].mutable_data_ptr(),
                     nullptr,
+                    nullptr,
+                    nullptr,
                     nullptr};
-  if (packed.size() == 3 && packed[2].scalar_type() == at::kChar) args.codebook = packed[2].const_data_ptr<int8_t>();
-  if (packed.size() == 3 && packed[2].scalar_type() == at::kByte) args.zero = packed[2].mutable_data_ptr<uint8_t>();
+  if (packed.size() < 3) return args;
+  const at::ScalarType third = packed[2].scalar_type();
+  if (third == at::kChar) args.codebook = packed[2].const_data_ptr<int8_t>();
+  if (third == at::kByte) args.zero = packed[2].mutable_data_ptr<uint8_t>();
+  if (third == at::kHalf) args.half = static_cast<uint16_t*>(packed[2].mutable_data_ptr());
   return args;
 }
 
@@ -66,90 +109,76 @@ Tensor rows_of(const Tensor& w) {
   return w.stride(1) == 1 || w.size(1) == 1 ? w : w.contiguous();
 }
 
-// `packed`: uninitialised, of the shapes of the contract.
-void run(const Tensor& w, unicorn::QuantizeTiles tiles, const std::vector<Tensor>& packed) {
-  const QuantizeArgs args = arguments(w, packed);
+std::vector<Tensor> quantize(Scheme scheme, const Tensor& weight, const std::optional<Tensor>& importance) {
+  std::vector<Tensor> packed;
+  for (const Part& part : parts(scheme, weight)) packed.push_back(at::empty(part.shape, part.dtype));
+  const Tensor w = rows_of(weight);
+  QuantizeArgs args = arguments(w, packed);
+  Tensor held;
+  if (importance) {
+    TORCH_CHECK(importance->scalar_type() == at::kFloat && importance->dim() == 1 && importance->size(0) == w.size(1),
+                "quantize: expected importance as fp32 [", w.size(1), "], got ", importance->scalar_type(), " ",
+                importance->sizes());
+    held = importance->contiguous();
+    args.importance = held.const_data_ptr<float>();
+  }
+  const auto tiles = unicorn::quantizer().quantize[static_cast<int>(scheme)];
   std::atomic<bool> good{true};
   at::parallel_for(0, ceil_div(w.size(0), kRows), 1, [&](int64_t begin, int64_t end) {
     if (!tiles(args, begin, end)) good = false;
   });
   TORCH_CHECK_VALUE(good, "quantize: ", count_nonfinite(w), " of ", w.numel(), " elements are NaN or Inf");
+  if (scheme == Scheme::w4n32)
+    std::copy_n(unicorn::kCodebook, unicorn::kCodebookSize, packed[2].mutable_data_ptr<int8_t>());
+  return packed;
 }
 
-// 4 or 8 bits, and an fp16 scale per group or an fp32 one per row.
-std::vector<Tensor> empty(const Tensor& w, int64_t bits, bool grouped) {
-  TORCH_CHECK(w.dim() == 2, "quantize: expected a matrix, got ", w.sizes());
-  const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup);
-  return {at::empty({n16, k32, bits, kRows, 4}, at::kByte),
-          grouped ? at::empty({n16, k32, kRows}, at::kHalf) : at::empty({n16, kRows}, at::kFloat)};
-}
-
-std::tuple<Tensor, Tensor> quantize_w4g32(const Tensor& w) {
-  const auto packed = empty(w, 4, true);
-  run(rows_of(w), unicorn::quantizer().w4g32, packed);
+template <Scheme S>
+std::tuple<Tensor, Tensor> two_parts(const Tensor& w) {
+  const auto packed = quantize(S, w, {});
   return {packed[0], packed[1]};
 }
-
-std::tuple<Tensor, Tensor, Tensor> quantize_w4n32(const Tensor& w) {
-  const auto packed = empty(w, 4, true);
-  run(rows_of(w), unicorn::quantizer().w4n32, packed);
-  Tensor codebook = at::empty({unicorn::kCodebookSize}, at::kChar);
-  std::copy_n(unicorn::kCodebook, unicorn::kCodebookSize, codebook.mutable_data_ptr<int8_t>());
-  return {packed[0], packed[1], codebook};
+template <Scheme S>
+std::tuple<Tensor, Tensor, Tensor> three_parts(const Tensor& w) {
+  const auto packed = quantize(S, w, {});
+  return {packed[0], packed[1], packed[2]};
 }
-
-std::tuple<Tensor, Tensor> quantize_w8c(const Tensor& w) {
-  const auto packed = empty(w, 8, false);
-  run(rows_of(w), unicorn::quantizer().w8c, packed);
+template <Scheme S>
+std::tuple<Tensor, Tensor> two_parts_weighted(const Tensor& w, const std::optional<Tensor>& importance) {
+  const auto packed = quantize(S, w, importance);
   return {packed[0], packed[1]};
 }
-
-std::tuple<Tensor, Tensor, Tensor> quantize_w8a(const Tensor& w) {
-  auto packed = empty(w, 8, false);
-  packed.push_back(at::empty(packed[1].sizes(), at::kByte));
-  run(rows_of(w), unicorn::quantizer().w8a, packed);
+template <Scheme S>
+std::tuple<Tensor, Tensor, Tensor> three_parts_weighted(const Tensor& w, const std::optional<Tensor>& importance) {
+  const auto packed = quantize(S, w, importance);
   return {packed[0], packed[1], packed[2]};
 }
 
-std::tuple<Tensor, Tensor> quantize_w8g32(const Tensor& w) {
-  const auto packed = empty(w, 8, true);
-  run(rows_of(w), unicorn::quantizer().w8g32, packed);
-  return {packed[0], packed[1]};
-}
-
-// The noise of a packed weight; which scheme it is follows from its tensors, as in unicorn_backend/layouts.py.
-unicorn::NoiseTiles noise_of(const std::vector<Tensor>& packed, int64_t n16, int64_t k32) {
-  const bool four = packed[0].numel() == n16 * k32 * 256, grouped = packed[1].scalar_type() == at::kHalf;
-  const bool codebook = packed.size() == 3 && packed[2].scalar_type() == at::kChar;
-  const bool zero = packed.size() == 3 && packed[2].scalar_type() == at::kByte;
-  const bool sizes =
-      (four || packed[0].numel() == n16 * k32 * 512) && packed[1].numel() == n16 * (grouped ? k32 : 1) * kRows &&
-      (!codebook || packed[2].numel() == unicorn::kCodebookSize) && (!zero || packed[2].numel() == n16 * kRows);
-  const bool known = packed[0].scalar_type() == at::kByte && (grouped || packed[1].scalar_type() == at::kFloat) &&
-                     (packed.size() == 2 || codebook || zero) && (four ? grouped && !zero : !codebook) &&
-                     !(grouped && zero);
-  TORCH_CHECK(sizes && known, "quantization_noise: the packed tensors do not belong to a weight of ", n16, " x ", k32,
-              " tiles");
-  const unicorn::Quantizer& q = unicorn::quantizer();
-  if (four) return codebook ? q.w4n32_noise : q.w4g32_noise;
-  return grouped ? q.w8g32_noise : q.w8_noise;
+// Which scheme these tensors are; no two have the same dtypes and shapes.
+Scheme scheme_of(at::TensorList packed, const Tensor& w) {
+  for (int s = 0; s < unicorn::kSchemes; ++s) {
+    const std::vector<Part> wanted = parts(Scheme(s), w);
+    bool same = wanted.size() == packed.size();
+    for (size_t i = 0; same && i < wanted.size(); ++i)
+      same = packed[i].scalar_type() == wanted[i].dtype && packed[i].sizes() == at::IntArrayRef(wanted[i].shape);
+    if (same) return Scheme(s);
+  }
+  TORCH_CHECK(false, "quantization_noise: the packed tensors do not belong to a weight of shape ", w.sizes());
 }
 
 std::tuple<double, double> quantization_noise(const Tensor& weight, at::TensorList packed) {
   const Tensor w = rows_of(weight);
-  const int64_t n16 = ceil_div(w.size(0), kRows), k32 = ceil_div(w.size(1), kGroup);
-  TORCH_CHECK(packed.size() == 2 || packed.size() == 3, "quantization_noise: expected a packed weight, got ",
-              packed.size(), " tensors");
+  const auto tiles = unicorn::quantizer().noise[static_cast<int>(scheme_of(packed, w))];
   std::vector<Tensor> held;
   for (const Tensor& tensor : packed) held.push_back(tensor.contiguous());
-  const auto tiles = noise_of(held, n16, k32);
   const QuantizeArgs args = arguments(w, held);
-  std::vector<unicorn::Noise> parts(static_cast<size_t>(n16));  // per tile: the sum does not depend on the threads
+  const int64_t n16 = ceil_div(w.size(0), kRows);
+  std::vector<unicorn::Noise> sums(static_cast<size_t>(n16));  // per tile: the sum does not depend on the threads
   at::parallel_for(0, n16, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) parts[static_cast<size_t>(i)] = tiles(args, i, i + 1);
+    for (int64_t i = begin; i < end; ++i) sums[static_cast<size_t>(i)] = tiles(args, i, i + 1);
   });
   unicorn::Noise total;
-  for (const unicorn::Noise& part : parts) total.signal += part.signal, total.noise += part.noise;
+  for (const unicorn::Noise& part : sums) total.signal += part.signal, total.noise += part.noise;
   return {total.signal, total.noise};
 }
 
@@ -162,11 +191,15 @@ std::string quantize_isa(const std::string& name) {
 }  // namespace
 
 TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
-  m.impl("quantize_w4g32", &quantize_w4g32);
-  m.impl("quantize_w4n32", &quantize_w4n32);
-  m.impl("quantize_w8g32", &quantize_w8g32);
-  m.impl("quantize_w8c", &quantize_w8c);
-  m.impl("quantize_w8a", &quantize_w8a);
+  m.impl("quantize_w4g32", &two_parts_weighted<Scheme::w4g32>);
+  m.impl("quantize_w4n32", &three_parts_weighted<Scheme::w4n32>);
+  m.impl("quantize_w4m32", &three_parts_weighted<Scheme::w4m32>);
+  m.impl("quantize_q4k", &three_parts_weighted<Scheme::q4k>);
+  m.impl("quantize_q5k", &three_parts_weighted<Scheme::q5k>);
+  m.impl("quantize_q6k", &three_parts_weighted<Scheme::q6k>);
+  m.impl("quantize_w8c", &two_parts<Scheme::w8c>);
+  m.impl("quantize_w8a", &three_parts<Scheme::w8a>);
+  m.impl("quantize_w8g32", &two_parts<Scheme::w8g32>);
   m.impl("quantization_noise", &quantization_noise);
   m.impl("count_nonfinite", &count_nonfinite);
 }

@@ -3,6 +3,7 @@
 // columns of a row (w8) and never meet, so every instruction set gives the bits of the plain-torch
 // reference. Anonymous namespace: the linker must not merge the copies.
 #include <cstring>
+#include <utility>
 
 #include "quantize.h"
 
@@ -15,6 +16,7 @@ namespace {
 
 using unicorn::FloatType;
 using unicorn::QuantizeArgs;
+using unicorn::Scheme;
 
 constexpr int kRows = 16;
 constexpr int kGroup = 32;
@@ -22,6 +24,7 @@ constexpr int kFactors = 8;
 constexpr float kFirstFactor = 6.25f, kFactorStep = 0.375f;  // schemes.py FACTORS
 constexpr float kMinAmax = 0x1p-100f;                        // schemes.py MIN_AMAX
 constexpr float kMaxScale = 65504.0f;
+constexpr float kMinSum = 0x1p-40f;  // kquants.py MIN_SUM
 constexpr float kMagic = 0x1.8p23f;  // x + kMagic - kMagic = rint(x), half to even, for |x| < 2^22
 constexpr int32_t kMagicBits = 0x4B400000;
 constexpr int32_t kInfBits = 0x7F800000;
@@ -118,9 +121,33 @@ INLINE void load_transposed(const GroupRows& rows, int first, VF x[kGroup]) {
   }
 }
 
+INLINE bool all_finite(VI top) {
+  bool good = true;
+  for (int r = 0; r < kLanes; ++r) good &= top[r] < kInfBits;
+  return good;
+}
+
+// Columns of group g: 32, or fewer in the last one. Past them a codebook or a minimum may stand for anything.
+INLINE int columns_of(const QuantizeArgs& a, int64_t g) {
+  const int64_t left = a.k - g * kGroup;
+  return int(left < kGroup ? left : kGroup);
+}
+
+// The importance of the columns of group g; ones where there is none.
+template <bool kWeighted>
+INLINE void column_weights(const QuantizeArgs& a, int64_t g, float h[kGroup]) {
+  for (int k = 0; k < kGroup; ++k) h[k] = kWeighted ? 0.0f : 1.0f;
+  if constexpr (kWeighted) std::memcpy(h, a.importance + g * kGroup, sizeof(float) * size_t(columns_of(a, g)));
+}
+
+template <bool kWeighted>
+INLINE VF weigh(VF x, float weight) {
+  return kWeighted ? x * weight : x;
+}
+
 // Keeps the better of the best scale so far and a / b, whose squared error is smaller the larger a * a / b.
 INLINE void keep_better(VF a, VF b, float sign, VF& best, VF& scale) {
-  const VF t = a / greater(b, splat(1.0f));  // b is 0, or at least 1
+  const VF t = a / greater(b, splat(kMinSum));
   const VF score = a * t;
   const VI better = score > best;
   best = (VF)((better & (VI)score) | (~better & (VI)best));
@@ -128,7 +155,8 @@ INLINE void keep_better(VF a, VF b, float sign, VF& best, VF& scale) {
 }
 
 // Best least-squares scale of x, |x| <= 1: both signs, every factor.
-INLINE VF searched_scale(const VF x[kGroup]) {
+template <bool kWeighted>
+INLINE VF searched_scale(const VF x[kGroup], const float* h) {
   VF best = splat(-1.0f), scale = splat(0.0f);
   for (int f = 0; f < kFactors; ++f) {
     const float factor = kFirstFactor + kFactorStep * float(f);
@@ -136,10 +164,11 @@ INLINE VF searched_scale(const VF x[kGroup]) {
     for (int k = 0; k < kGroup; ++k) {
       const VF r = round_even(x[k] * factor);
       const VF q0 = clamp(r, -8.0f, 7.0f), q1 = clamp(r, -7.0f, 8.0f);
-      a0 = a0 + x[k] * q0;
-      b0 = b0 + q0 * q0;
-      a1 = a1 + x[k] * q1;
-      b1 = b1 + q1 * q1;
+      const VF weighted = weigh<kWeighted>(x[k], h[k]);
+      a0 = a0 + weighted * q0;
+      b0 = b0 + weigh<kWeighted>(q0, h[k]) * q0;
+      a1 = a1 + weighted * q1;
+      b1 = b1 + weigh<kWeighted>(q1, h[k]) * q1;
     }
     keep_better(a0, b0, 1.0f, best, scale);
     keep_better(a1, b1, -1.0f, best, scale);  // stored are -q1 and -a1 / b1
@@ -186,7 +215,8 @@ INLINE VI nearest_index(VF x) {
   return __builtin_convertvector(look_up(kCellTable.index, cell), VI) - above;  // true is -1
 }
 
-INLINE VF searched_code_scale(const VF x[kGroup]) {
+template <bool kWeighted>
+INLINE VF searched_code_scale(const VF x[kGroup], const float* h) {
   VF best = splat(-1.0f), scale = splat(0.0f);
   for (int f = 0; f < kCodeFactors; ++f) {
     for (int sign = 1; sign >= -1; sign -= 2) {
@@ -194,8 +224,8 @@ INLINE VF searched_code_scale(const VF x[kGroup]) {
       VF a = splat(0), b = splat(0);
       for (int k = 0; k < kGroup; ++k) {
         const VF v = nearest_code(x[k] * factor);
-        a = a + x[k] * v;
-        b = b + v * v;
+        a = a + weigh<kWeighted>(x[k], h[k]) * v;
+        b = b + weigh<kWeighted>(v, h[k]) * v;
       }
       keep_better(a, b, 1.0f, best, scale);
     }
@@ -211,8 +241,8 @@ INLINE VI four_bits(VF x) {
 }
 
 // Rows first .. first + kLanes - 1 of one tile. kCode: w4n32, else w4g32.
-template <FloatType T, bool kCode>
-INLINE bool w4_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
+template <FloatType T, bool kCode, bool kWeighted>
+INLINE bool w4_rows(const GroupRows& rows, int first, const float* h, uint8_t* tile, uint16_t* scales) {
   VF x[kGroup];
   load_transposed<T>(rows, first, x);
   VI top = magnitude(x[0]);
@@ -220,7 +250,7 @@ INLINE bool w4_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* s
   const VF amax = greater((VF)top, splat(kMinAmax)), inverse = splat(1.0f) / amax;
   for (int k = 0; k < kGroup; ++k) x[k] = x[k] * inverse;
 
-  const VF found = kCode ? searched_code_scale(x) : searched_scale(x);
+  const VF found = kCode ? searched_code_scale<kWeighted>(x, h) : searched_scale<kWeighted>(x, h);
   const VU half = float_to_half(clamp(found * amax, -kMaxScale, kMaxScale));
   const VF s = half_to_float(half);
   const VI zero = s == splat(0.0f);
@@ -234,14 +264,12 @@ INLINE bool w4_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* s
     }
     store(tile + 64 * c + 4 * first, word);
   }
-  bool good = true;
-  for (int r = 0; r < kLanes; ++r) good &= top[r] < kInfBits;
-  return good;
+  return all_finite(top);
 }
 
 // w8g32: the scale is amax / 127 in fp16, the integers are rounded for that.
 template <FloatType T>
-INLINE bool w8g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t* scales) {
+INLINE bool w8g32_rows(const GroupRows& rows, int first, const float*, uint8_t* tile, uint16_t* scales) {
   VF x[kGroup];
   load_transposed<T>(rows, first, x);
   VI top = magnitude(x[0]);
@@ -258,38 +286,26 @@ INLINE bool w8g32_rows(const GroupRows& rows, int first, uint8_t* tile, uint16_t
     }
     store(tile + 64 * c + 4 * first, word);
   }
-  bool good = true;
-  for (int r = 0; r < kLanes; ++r) good &= top[r] < kInfBits;
-  return good;
+  return all_finite(top);
 }
 
 // Every group of tiles begin..end-1 by one of the functions above.
-template <FloatType T, int64_t kTileBytes, class Pack>
+template <FloatType T, int64_t kTileBytes, bool kWeighted, class Pack>
 INLINE bool grouped_tiles(const QuantizeArgs& a, int64_t begin, int64_t end, Pack pack) {
   const int64_t k32 = (a.k + kGroup - 1) / kGroup;
   bool good = true;
   GroupRows rows;
+  float h[kGroup];
   for (int64_t i = begin; i < end; ++i)
     for (int64_t g = 0; g < k32; ++g) {
       const int64_t t = i * k32 + g;
       find_group<T>(a, i, g, rows);
+      column_weights<kWeighted>(a, g, h);
       uint16_t* scales = static_cast<uint16_t*>(a.scale) + t * kRows;
-      for (int first = 0; first < kRows; first += kLanes) good &= pack(rows, first, a.packed + t * kTileBytes, scales);
+      for (int first = 0; first < kRows; first += kLanes)
+        good &= pack(rows, first, h, a.packed + t * kTileBytes, scales);
     }
   return good;
-}
-
-template <FloatType T>
-bool w4g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  return grouped_tiles<T, 256>(a, begin, end, w4_rows<T, false>);
-}
-template <FloatType T>
-bool w4n32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  return grouped_tiles<T, 256>(a, begin, end, w4_rows<T, true>);
-}
-template <FloatType T>
-bool w8g32_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  return grouped_tiles<T, 512>(a, begin, end, w8g32_rows<T>);
 }
 
 struct RowRange {
@@ -389,8 +405,6 @@ bool w8_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
   return good;
 }
 
-enum class Kind { w4g32, w4n32, w8g32 };
-
 // fp32 inside one group, fp64 above: 32 squares lose nothing that a decibel shows.
 struct GroupNoise {
   VF signal = VF{}, noise = VF{};
@@ -407,21 +421,22 @@ struct GroupNoise {
 
 // Sums over one group of kLanes rows; `value(k)` is the packed value of column k, before the scale.
 template <FloatType T, class Value>
-INLINE void add_noise(const GroupRows& rows, int first, const uint16_t* scales, unicorn::Noise& total, Value value) {
+INLINE void add_noise(const GroupRows& rows, int first, const uint16_t* scales, int columns, unicorn::Noise& total,
+                      Value value) {
   VF x[kGroup];
   load_transposed<T>(rows, first, x);
   const VF s = half_to_float(__builtin_convertvector(load<VH>(scales + first), VU));
   GroupNoise sums;
-  for (int k = 0; k < kGroup; ++k) sums.add(x[k], s * value(k));
+  for (int k = 0; k < columns; ++k) sums.add(x[k], s * value(k));
   sums.flush(total);
 }
 
-template <Kind K, FloatType T>
+template <Scheme K, FloatType T>
 unicorn::Noise grouped_noise_tiles(const QuantizeArgs& a, int64_t begin, int64_t end) {
   const int64_t k32 = (a.k + kGroup - 1) / kGroup;
-  constexpr int64_t kTileBytes = K == Kind::w8g32 ? 512 : 256;
+  constexpr int64_t kTileBytes = K == Scheme::w8g32 ? 512 : 256;
   alignas(64) float table[kCells] = {};
-  for (int i = 0; K == Kind::w4n32 && i < kCodes; ++i) table[i] = float(a.codebook[i]);
+  for (int i = 0; K == Scheme::w4n32 && i < kCodes; ++i) table[i] = float(a.codebook[i]);
   unicorn::Noise total;
   GroupRows rows;
   for (int64_t i = begin; i < end; ++i)
@@ -430,12 +445,13 @@ unicorn::Noise grouped_noise_tiles(const QuantizeArgs& a, int64_t begin, int64_t
       find_group<T>(a, i, g, rows);
       for (int first = 0; first < kRows; first += kLanes) {
         const uint8_t* tile = a.packed + t * kTileBytes + 4 * first;
-        add_noise<T>(rows, first, static_cast<const uint16_t*>(a.scale) + t * kRows, total, [&](int k) {
-          if constexpr (K == Kind::w8g32) {
+        const uint16_t* scales = static_cast<const uint16_t*>(a.scale) + t * kRows;
+        add_noise<T>(rows, first, scales, columns_of(a, g), total, [&](int k) {
+          if constexpr (K == Scheme::w8g32) {
             return __builtin_convertvector(((load<VI>(tile + 64 * (k / 4)) >> (8 * (k % 4))) & 255) - 128, VF);
           } else {
             const VI nibble = (load<VI>(tile + 64 * (k / 8)) >> (8 * (k % 4) + (k % 8 < 4 ? 0 : 4))) & 15;
-            return K == Kind::w4n32 ? look_up(table, nibble) : __builtin_convertvector(nibble - 8, VF);
+            return K == Scheme::w4n32 ? look_up(table, nibble) : __builtin_convertvector(nibble - 8, VF);
           }
         });
       }
@@ -482,46 +498,68 @@ int64_t count_nonfinite_of(const uint8_t* w, int64_t count) {
   return bad;
 }
 
+#include "quantize_kquants.inl"
+
 constexpr FloatType kBf16 = FloatType::bf16, kF16 = FloatType::f16, kF32 = FloatType::f32;
 
-bool w4g32(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  if (a.type == kBf16) return w4g32_tiles<kBf16>(a, begin, end);
-  return a.type == kF16 ? w4g32_tiles<kF16>(a, begin, end) : w4g32_tiles<kF32>(a, begin, end);
+template <Scheme S, FloatType T, bool kWeighted>
+INLINE bool tiles_of(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if constexpr (S == Scheme::w4g32)
+    return grouped_tiles<T, 256, kWeighted>(a, begin, end, w4_rows<T, false, kWeighted>);
+  if constexpr (S == Scheme::w4n32) return grouped_tiles<T, 256, kWeighted>(a, begin, end, w4_rows<T, true, kWeighted>);
+  if constexpr (S == Scheme::w4m32) return w4m32_tiles<T, kWeighted>(a, begin, end);
+  if constexpr (S == Scheme::q4k) return super_tiles<T, 4, kWeighted>(a, begin, end);
+  if constexpr (S == Scheme::q5k) return super_tiles<T, 5, kWeighted>(a, begin, end);
+  if constexpr (S == Scheme::q6k) return super_tiles<T, 6, kWeighted>(a, begin, end);
+  if constexpr (S == Scheme::w8c) return w8_tiles<T, false>(a, begin, end);
+  if constexpr (S == Scheme::w8a) return w8_tiles<T, true>(a, begin, end);
+  if constexpr (S == Scheme::w8g32) return grouped_tiles<T, 512, false>(a, begin, end, w8g32_rows<T>);
 }
 
-bool w4n32(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  if (a.type == kBf16) return w4n32_tiles<kBf16>(a, begin, end);
-  return a.type == kF16 ? w4n32_tiles<kF16>(a, begin, end) : w4n32_tiles<kF32>(a, begin, end);
+template <Scheme S, FloatType T>
+bool weighted_or_not(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  constexpr bool kSearched = S != Scheme::w8c && S != Scheme::w8a && S != Scheme::w8g32;
+  if constexpr (kSearched) {
+    if (a.importance) return tiles_of<S, T, true>(a, begin, end);
+  }
+  return tiles_of<S, T, false>(a, begin, end);
 }
 
-bool w8g32(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  if (a.type == kBf16) return w8g32_tiles<kBf16>(a, begin, end);
-  return a.type == kF16 ? w8g32_tiles<kF16>(a, begin, end) : w8g32_tiles<kF32>(a, begin, end);
+template <Scheme S>
+bool quantize(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return weighted_or_not<S, kBf16>(a, begin, end);
+  return a.type == kF16 ? weighted_or_not<S, kF16>(a, begin, end) : weighted_or_not<S, kF32>(a, begin, end);
 }
 
-template <bool kAsymmetric>
-bool w8(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  if (a.type == kBf16) return w8_tiles<kBf16, kAsymmetric>(a, begin, end);
-  return a.type == kF16 ? w8_tiles<kF16, kAsymmetric>(a, begin, end) : w8_tiles<kF32, kAsymmetric>(a, begin, end);
+template <Scheme S, FloatType T>
+unicorn::Noise noise_of(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if constexpr (S == Scheme::w8c || S == Scheme::w8a) return w8_noise_tiles<T>(a, begin, end);
+  if constexpr (S == Scheme::w4m32) return kquant_noise_tiles<T, 0>(a, begin, end);
+  if constexpr (S == Scheme::q4k) return kquant_noise_tiles<T, 4>(a, begin, end);
+  if constexpr (S == Scheme::q5k) return kquant_noise_tiles<T, 5>(a, begin, end);
+  if constexpr (S == Scheme::q6k) return kquant_noise_tiles<T, 6>(a, begin, end);
+  if constexpr (S == Scheme::w4g32 || S == Scheme::w4n32 || S == Scheme::w8g32)
+    return grouped_noise_tiles<S, T>(a, begin, end);
 }
 
-template <Kind K>
-unicorn::Noise grouped_noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  if (a.type == kBf16) return grouped_noise_tiles<K, kBf16>(a, begin, end);
-  return a.type == kF16 ? grouped_noise_tiles<K, kF16>(a, begin, end) : grouped_noise_tiles<K, kF32>(a, begin, end);
-}
-constexpr auto w4g32_noise = grouped_noise<Kind::w4g32>, w4n32_noise = grouped_noise<Kind::w4n32>,
-               w8g32_noise = grouped_noise<Kind::w8g32>;
-
-unicorn::Noise w8_noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
-  if (a.type == kBf16) return w8_noise_tiles<kBf16>(a, begin, end);
-  return a.type == kF16 ? w8_noise_tiles<kF16>(a, begin, end) : w8_noise_tiles<kF32>(a, begin, end);
+template <Scheme S>
+unicorn::Noise noise(const QuantizeArgs& a, int64_t begin, int64_t end) {
+  if (a.type == kBf16) return noise_of<S, kBf16>(a, begin, end);
+  return a.type == kF16 ? noise_of<S, kF16>(a, begin, end) : noise_of<S, kF32>(a, begin, end);
 }
 
 int64_t count_nonfinite(const void* data, FloatType type, int64_t count) {
   const uint8_t* w = static_cast<const uint8_t*>(data);
   if (type == kBf16) return count_nonfinite_of<kBf16>(w, count);
   return type == kF16 ? count_nonfinite_of<kF16>(w, count) : count_nonfinite_of<kF32>(w, count);
+}
+
+template <int... S>
+constexpr unicorn::Quantizer table_of(const char* isa, std::integer_sequence<int, S...>) {
+  return {isa, {quantize<Scheme(S)>...}, {noise<Scheme(S)>...}, count_nonfinite};
+}
+constexpr unicorn::Quantizer table(const char* isa) {
+  return table_of(isa, std::make_integer_sequence<int, unicorn::kSchemes>{});
 }
 
 }  // namespace

@@ -30,6 +30,5 @@ inline VF look_up(const float* table, VI index) {
 
 namespace unicorn {
 extern const Quantizer quantizer_portable;
-const Quantizer quantizer_portable = {"portable",  w4g32,       w4n32,    w8<false>,   w8<true>,       w8g32,
-                                      w4g32_noise, w4n32_noise, w8_noise, w8g32_noise, count_nonfinite};
+const Quantizer quantizer_portable = table("portable");
 }  // namespace unicorn

@@ -191,7 +191,7 @@ def unpack_w8(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor, Te
 
 def pack_w4m32(q: Tensor, s: Tensor, m: Tensor) -> list[Tensor]:
     """uint8 `q` [N, K] in 0..15, fp16 `s` and `m` [N, ceil(K/32)] -> [w, s, m]; value = s * q + m."""
-    w, scales = pack_nibbles(q, s)
+    w, scales = pack_nibbles(_pad(q, 0), s)
     return [w, scales, _tile_scales(m, w.shape[0])]
 
 
@@ -202,9 +202,10 @@ def pack_kquant(q: Tensor, pairs: Tensor, supers: Tensor, bits: int) -> list[Ten
     q6k: `q` uint8 [N, K] in 0..63, `pairs` int8 [N, K/32, 2] (of each half group), `supers` fp16 [N, K/256, 1].
     """
     n16 = -(-q.shape[0] // ROWS)
+    q = _pad(q, Q6_ZERO if bits == 6 else 0)
     parts = [pack_nibbles(q & 15, supers[..., 0].new_zeros(q.shape[0], q.shape[1] // GROUP))[0]]
     if bits > 4:
-        parts.append(_tile_high_bits(_pad(q >> 4, 0), bits - 4))
+        parts.append(_tile_high_bits(q >> 4, bits - 4))
     return [torch.cat(parts, dim=2), _tile_pairs(pairs, n16), _tile_pairs(supers, n16)]
 
 

@@ -9,10 +9,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from unicorn_backend.layouts import dequantize
 from unicorn_backend.quantize import schemes
 
 REFERENCES = schemes.REFERENCES
-SHAPES = ((1, 1), (3, 7), (16, 32), (17, 33), (31, 95), (64, 640), (100, 1152))
+SHAPES = ((1, 1), (3, 7), (16, 32), (17, 33), (31, 95), (48, 640), (33, 1152))
 
 pytestmark = pytest.mark.usefixtures("native")
 
@@ -64,6 +65,52 @@ def test_bits(isa: str, scheme: str, dtype: torch.dtype) -> None:
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     """As bytes: torch.equal takes -0.0 for 0.0."""
     return tensor.view(torch.uint8)
+
+
+@pytest.mark.parametrize("scheme", schemes.SEARCHED)
+def test_bits_with_importance(isa: str, scheme: str) -> None:
+    """Weights of the columns over five orders of magnitude; a part of a super block, and of a group."""
+    for n, k in ((3, 7), (17, 33), (31, 300), (16, 512)):
+        w, importance = torch.randn(n, k), 10 ** (5 * torch.rand(k) - 3)
+        got, want = schemes.quantize_weight(w, scheme, importance), REFERENCES[scheme](w, importance)
+        assert all(torch.equal(_bits(a), _bits(b)) for a, b in zip(got, want, strict=True)), (isa, n, k)
+
+
+@pytest.mark.parametrize("scheme", schemes.SEARCHED)
+def test_equal_importance_changes_nothing(scheme: str) -> None:
+    w = torch.randn(32, 256)
+    plain, weighted = schemes.quantize_weight(w, scheme), schemes.quantize_weight(w, scheme, torch.ones(256))
+    assert all(torch.equal(_bits(a), _bits(b)) for a, b in zip(plain, weighted, strict=True))
+
+
+@pytest.mark.parametrize("scheme", schemes.SEARCHED)
+def test_importance_moves_the_error(scheme: str) -> None:
+    """A third of the columns counts 100 times: their error falls, that of the others rises."""
+    w, importance = torch.randn(64, 512), torch.ones(512)
+    importance[::3] = 100.0
+    plain, weighted = (
+        (dequantize(schemes.quantize_weight(w, scheme, h), 64, 512) - w).square().mean(0) for h in (None, importance)
+    )
+    heavy = importance > 1
+    assert weighted[heavy].mean() < 0.97 * plain[heavy].mean() and weighted[~heavy].mean() > plain[~heavy].mean()
+
+
+def test_importance_of_another_shape() -> None:
+    for wrong in (torch.ones(31), torch.ones(1, 32), torch.ones(32).double()):
+        with pytest.raises(RuntimeError, match=r"expected importance as fp32 \[32\]"):
+            torch.ops.unicorn.quantize_q4k(torch.randn(4, 32), wrong)
+
+
+@pytest.mark.parametrize("scheme", REFERENCES)
+def test_noise(isa: str, scheme: str) -> None:
+    """fp32 sums within a group (32 squares: 2^-19 relative at most), fp64 above."""
+    for n, k in ((17, 33), (31, 300)):
+        w = torch.randn(n, k)
+        packed = schemes.quantize_weight(w, scheme)
+        got, want = schemes.quantization_noise(w, packed), schemes.quantization_noise_reference(w, packed)
+        assert got == pytest.approx(want, rel=1e-5), (isa, n, k)
+    with pytest.raises(RuntimeError, match="do not belong to a weight"):
+        schemes.quantization_noise(torch.randn(n, 2 * k), packed)
 
 
 @pytest.mark.parametrize("scheme", REFERENCES)

@@ -1,9 +1,10 @@
 """The mathematics of the schemes: quantize a float weight straight into its packed layout.
 
 `unicorn::quantize_<scheme>` takes a float weight [N, K] (bf16, fp16 or fp32) and returns the packed
-tensors of the contract (`ops.py`); the schemes outside NATIVE are in `kquants.py`. The functions here define
-every result to the last bit (fp32, one rounding per written operation, sums over k in ascending order); the
-native kernels in `ops/quantize.cpp` do the same operations on 16 rows at a time. A NaN or Inf raises ValueError.
+tensors of the contract (`ops.py`). The functions here and in `kquants.py` define every result to the last bit
+(fp32, one rounding per written operation, sums over k in ascending order); the native kernels in
+`ops/quantize_impl.inl` do the same operations on 16 rows at a time. A NaN or Inf raises ValueError.
+The schemes in SEARCHED take `importance`, fp32 [K] above 0: how much the squared error of a column counts.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from unicorn_backend.layouts import (
     pack_w4n32,
     pack_w8,
     pack_w8g32,
-    scheme_of,
 )
 from unicorn_backend.ops import LIBRARY
 from unicorn_backend.quantize import kquants
@@ -52,16 +52,11 @@ THRESHOLDS = tuple((a + b) / 2 for a, b in itertools.pairwise(CODEBOOK))  # exac
 MIN_AMAX = 2.0**-100  # below it a weight counts as zero: its reciprocal stays finite and normal
 MAX_SCALE = 65504.0  # largest fp16
 
-NATIVE = ("w4g32", "w4n32", "w8c", "w8a", "w8g32")
-KQUANTS = {
-    "w4m32": kquants.quantize_w4m32,
-    "q4k": kquants.quantize_q4k,
-    "q5k": kquants.quantize_q5k,
-    "q6k": kquants.quantize_q6k,
-}
+SEARCHED = ("w4g32", "w4n32", "w4m32", "q4k", "q5k", "q6k")  # schemes whose scales minimise an error
 
-for _scheme in NATIVE:
-    LIBRARY.define(f"quantize_{_scheme}(Tensor w) -> ({', '.join(['Tensor'] * len(PARTS[_scheme]))})")
+for _scheme in SCHEMES:
+    _arguments = "Tensor w, Tensor? importance=None" if _scheme in SEARCHED else "Tensor w"
+    LIBRARY.define(f"quantize_{_scheme}({_arguments}) -> ({', '.join(['Tensor'] * len(PARTS[_scheme]))})")
 
 # count_nonfinite: how many elements of a float tensor of any shape are NaN or Inf.
 LIBRARY.define("count_nonfinite(Tensor w) -> int")
@@ -90,35 +85,36 @@ def ensure_kernels() -> None:
                 LIBRARY.impl(name, function, "CPU")
 
 
-def quantize_weight(w: Tensor, scheme: str) -> list[Tensor]:
-    """Float weight [N, K] -> its packed tensors. Raises ValueError for NaN or Inf."""
+def quantize_weight(w: Tensor, scheme: str, importance: Tensor | None = None) -> list[Tensor]:
+    """Float weight [N, K] -> its packed tensors. Raises ValueError for NaN or Inf.
+
+    importance: fp32 [K] above 0, weights of the columns' squared errors; schemes outside SEARCHED have no use for it.
+    """
     ensure_kernels()
     if scheme not in SCHEMES:
         raise OptionError(f"scheme: got {scheme!r}, allowed are {', '.join(SCHEMES)}")
-    if scheme in KQUANTS:
-        _check(w)
-        return list(KQUANTS[scheme](w))
-    return list(getattr(torch.ops.unicorn, f"quantize_{scheme}")(w))
+    run = getattr(torch.ops.unicorn, f"quantize_{scheme}")
+    return list(run(w, importance) if scheme in SEARCHED else run(w))
 
 
 def quantization_noise(w: Tensor, packed: list[Tensor]) -> tuple[float, float]:
     """(signal, noise): sums of squares of a float weight and of what packing changed."""
-    run = quantization_noise_reference if scheme_of(packed) in KQUANTS else torch.ops.unicorn.quantization_noise
-    signal, noise = run(w, packed)
+    signal, noise = torch.ops.unicorn.quantization_noise(w, packed)
     return float(signal), float(noise)
 
 
-def quantize_w4g32_reference(w: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_w4g32_reference(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """INT4, groups of 32, searched scale: value = s * q, q in -8..7, fp16 s of either sign.
 
     For each factor f and sign, q = clamp(rint(w * f / amax)) has the least-squares scale A / B with
-    A = sum(w q), B = sum(q q), and squared error sum(w w) - A A / B: the largest A A / B wins. The
-    scale is rounded to fp16 (clamped to its range) and q is taken once more, for that scale.
+    A = sum(w q), B = sum(q q), and squared error sum(w w) - A A / B: the largest A A / B wins (each sum with
+    the importance of the columns). The scale is rounded to fp16 (clamped to its range) and q is taken once more,
+    for that scale.
     """
     _check(w)
     n, k = w.shape
     x, amax = _normalised_groups(w)
-    scale = (_searched_scale(x) * amax).clamp(-MAX_SCALE, MAX_SCALE).half()  # [N, G]
+    scale = (_searched_scale(x, _column_weights(importance, w)) * amax).clamp(-MAX_SCALE, MAX_SCALE).half()  # [N, G]
     s = scale.float()
     step = torch.where(s == 0, torch.zeros_like(s), amax / s)
     q = torch.round(x * step[..., None]).clamp(-8, 7).to(torch.int8)
@@ -133,8 +129,16 @@ def _normalised_groups(w: Tensor) -> tuple[Tensor, Tensor]:
     return x * (1.0 / amax)[..., None], amax
 
 
-def _searched_scale(x: Tensor) -> Tensor:
-    """Best least-squares scale [N, G] of x [N, G, 32], |x| <= 1; 0 where x is all zero."""
+def _column_weights(importance: Tensor | None, w: Tensor) -> Tensor:
+    """fp32 [G, 32]: ones, or `importance` with zeros up to the last group."""
+    missing = -w.shape[1] % GROUP
+    if importance is None:
+        return torch.ones(w.shape[1] + missing).view(-1, GROUP)
+    return torch.nn.functional.pad(importance, (0, missing)).view(-1, GROUP)
+
+
+def _searched_scale(x: Tensor, h: Tensor) -> Tensor:
+    """Best least-squares scale [N, G] of x [N, G, 32], |x| <= 1, weighted with h [G, 32]; 0 where x is all zero."""
     best = torch.full(x.shape[:2], -1.0)
     scale = torch.zeros(x.shape[:2])
     for factor in FACTORS:
@@ -142,9 +146,9 @@ def _searched_scale(x: Tensor) -> Tensor:
         for sign, q in ((1.0, r.clamp(-8, 7)), (-1.0, r.clamp(-7, 8))):  # sign -1: stored are -q and -A / B
             a, b = torch.zeros_like(best), torch.zeros_like(best)
             for i in range(GROUP):
-                a = a + x[..., i] * q[..., i]
-                b = b + q[..., i] * q[..., i]
-            t = a / b.clamp_min(1.0)  # b is 0, or at least 1
+                a = a + (x[..., i] * h[:, i]) * q[..., i]
+                b = b + (q[..., i] * h[:, i]) * q[..., i]
+            t = a / b.clamp_min(kquants.MIN_SUM)
             score = a * t
             better = score > best
             best = torch.where(better, score, best)
@@ -152,7 +156,7 @@ def _searched_scale(x: Tensor) -> Tensor:
     return scale
 
 
-def quantize_w4n32_reference(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def quantize_w4n32_reference(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """INT4 by codebook, groups of 32, searched scale: value = s * CODEBOOK[q], fp16 s of either sign.
 
     As w4g32, with the nearest entry of the codebook instead of the nearest integer.
@@ -160,6 +164,7 @@ def quantize_w4n32_reference(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(w)
     n, k = w.shape
     x, amax = _normalised_groups(w)
+    h = _column_weights(importance, w)
     best, found = torch.full(x.shape[:2], -1.0), torch.zeros(x.shape[:2])
     table, thresholds = torch.tensor(CODEBOOK, dtype=torch.float32), torch.tensor(THRESHOLDS)
     for factor in CODEBOOK_FACTORS:
@@ -167,8 +172,8 @@ def quantize_w4n32_reference(w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             v = table[torch.bucketize(x * signed, thresholds)]
             a, b = torch.zeros_like(best), torch.zeros_like(best)
             for i in range(GROUP):
-                a = a + x[..., i] * v[..., i]
-                b = b + v[..., i] * v[..., i]
+                a = a + (x[..., i] * h[:, i]) * v[..., i]
+                b = b + (v[..., i] * h[:, i]) * v[..., i]
             t = a / b
             better = a * t > best
             best = torch.where(better, a * t, best)
@@ -244,19 +249,32 @@ def _check(w: Tensor) -> None:
         raise ValueError(f"quantize: {bad} of {w.numel()} elements are NaN or Inf")
 
 
-def _fake(scheme: str) -> Callable[[Tensor], tuple[Tensor, ...]]:
-    def fake(w: Tensor) -> tuple[Tensor, ...]:
+def _checked(quantizer: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    @functools.wraps(quantizer)
+    def checked(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
+        _check(w)
+        return quantizer(w, importance)
+
+    return checked
+
+
+def _fake(scheme: str) -> Callable[..., tuple[Tensor, ...]]:
+    def fake(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, ...]:
         return tuple(empty_packed(w.shape[0], w.shape[1], scheme, w.device))
 
     return fake
 
 
-for _scheme in NATIVE:
+for _scheme in SCHEMES:
     torch.library.register_fake(f"unicorn::quantize_{_scheme}", _fake(_scheme))
 # Where the native library is there, its CPU kernels come before these.
-REFERENCES: dict[str, Callable[[Tensor], tuple[Tensor, ...]]] = {
+REFERENCES: dict[str, Callable[..., tuple[Tensor, ...]]] = {
     "w4g32": quantize_w4g32_reference,
     "w4n32": quantize_w4n32_reference,
+    "w4m32": _checked(kquants.quantize_w4m32),
+    "q4k": _checked(kquants.quantize_q4k),
+    "q5k": _checked(kquants.quantize_q5k),
+    "q6k": _checked(kquants.quantize_q6k),
     "w8c": quantize_w8c_reference,
     "w8a": quantize_w8a_reference,
     "w8g32": quantize_w8g32_reference,
