@@ -109,7 +109,7 @@ def qkv_call(k: int, q: int, kv: int, d: int) -> Call:
 
     def call(x: Tensor, w: list[list[Tensor]]) -> object:
         cos = angles[:, : x.shape[0]]
-        heads = (head_norm, head_norm, 1e-6, 1.0, cos, cos, q // d, kv // d, d)
+        heads = (head_norm, head_norm, 1e-6, 1.0, cos, cos, q // d, kv // d, d, False, False)
         return torch.ops.unicorn.int8_qkv(x[None], norm, 1e-6, 1.0, *w, [], *heads)
 
     return call

@@ -93,9 +93,11 @@ struct RotaryArgs {
   Norm norm;
   const float* x;  // row (b, t) at x + (b * T + t) * stride, heads side by side
   int64_t stride, B, T, heads, head_dim;
-  Array cos, sin;   // [B or 1, T, head_dim] or none
-  bool shared_cos;  // one cos/sin for all of the batch
-  Out out;          // [B, heads, T, head_dim]
+  Array cos, sin;      // [B or 1, T, rotary_dim] or none
+  int64_t rotary_dim;  // of each head the first so many elements are rotated
+  bool interleaved;    // pairs are neighbours, else half the rotary_dim apart
+  bool shared_cos;     // one cos/sin for all of the batch
+  Out out;             // [B, heads, T, head_dim]
 };
 
 struct EmbeddingArgs {
@@ -159,9 +161,9 @@ struct QkvArgs {
   Rows x;
   Norm norm;
   Projection part[3];
-  int64_t B, T, head_dim;
+  int64_t B, T, head_dim, rotary_dim = 0;
   Array cos, sin;
-  bool shared_cos;
+  bool interleaved, shared_cos;
 };
 
 // Regions: one parallel region each. `norm` is applied to x before it is quantized.

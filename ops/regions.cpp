@@ -153,6 +153,8 @@ void run_qkv(const QkvArgs& args, Workspace& workspace, int threads) {
                               args.head_dim,
                               p.rotate ? args.cos : Array{},
                               p.rotate ? args.sin : Array{},
+                              args.rotary_dim,
+                              args.interleaved,
                               args.shared_cos,
                               p.out};
       kernels().rotary(rotary, team.share(args.B * args.T * p.heads));

@@ -130,12 +130,11 @@ void check_qkv(const Tensor& x, const OptionalTensor& cos, const OptionalTensor&
               heads, ", ", kv_heads, ", ", head_dim);
   TORCH_CHECK(cos.has_value() == sin.has_value(), op, "cos and sin: give both or none");
   if (!cos) return;
-  TORCH_CHECK(head_dim % 2 == 0, op, "head_dim: got ", head_dim, ", rotary embedding needs an even one");
   for (const Tensor& t : {*cos, *sin}) {
     TORCH_CHECK(t.dim() == 3 && (t.size(0) == 1 || t.size(0) == x.size(0)) && t.size(1) == x.size(1) &&
-                    t.size(2) == head_dim && t.size(0) == cos->size(0),
-                op, "cos/sin: got shape ", t.sizes(), ", expected [1 or ", x.size(0), ", ", x.size(1), ", ", head_dim,
-                "]");
+                    t.size(2) <= head_dim && t.size(2) % 2 == 0 && t.sizes() == cos->sizes(),
+                op, "cos/sin: got shape ", t.sizes(), ", expected [1 or ", x.size(0), ", ", x.size(1),
+                ", an even number up to ", head_dim, "]");
   }
 }
 
@@ -145,20 +144,22 @@ std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptionalTenso
                                             const OptionalTensor& q_norm_w, const OptionalTensor& k_norm_w,
                                             const OptionalFloat& qk_norm_eps, double qk_norm_offset,
                                             const OptionalTensor& cos, const OptionalTensor& sin, int64_t heads,
-                                            int64_t kv_heads, int64_t head_dim) {
+                                            int64_t kv_heads, int64_t head_dim, bool interleaved, bool v_norm) {
   check_qkv(x, cos, sin, heads, kv_heads, head_dim);
   Arguments arguments("int8_qkv");
   const auto b = arguments.biases(bias);
   const Heads parts[3] = {{wq, b[0], q_norm_w, qk_norm_eps, heads, "wq", "q_norm_w"},
                           {wk, b[1], k_norm_w, qk_norm_eps, kv_heads, "wk", "k_norm_w"},
-                          {wv, b[2], {}, {}, kv_heads, "wv", ""}};
+                          {wv, b[2], {}, v_norm ? qk_norm_eps : OptionalFloat{}, kv_heads, "wv", ""}};
   QkvArgs args;
   args.x = arguments.rows(x);
   args.B = x.size(0);
   args.T = x.size(1);
   args.head_dim = head_dim;
+  args.interleaved = interleaved;
   args.shared_cos = cos && cos->size(0) == 1;
   if (cos) {
+    args.rotary_dim = cos->size(2);
     args.cos = arguments.array(*cos, "cos");
     args.sin = arguments.array(*sin, "sin");
   }
@@ -188,7 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptionalTenso
     const Tensor y =
         project(h, parts[i].w, parts[i].bias, n, x.scalar_type(), "int8_qkv", parts[i].weight_name).contiguous();
     run_rotary({p.norm, y.const_data_ptr<float>(), n, args.B, args.T, p.heads, head_dim, p.rotate ? args.cos : Array{},
-                p.rotate ? args.sin : Array{}, args.shared_cos, p.out},
+                p.rotate ? args.sin : Array{}, args.rotary_dim, args.interleaved, args.shared_cos, p.out},
                threads());
   }
   return {out[0], out[1], out[2]};

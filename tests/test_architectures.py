@@ -42,6 +42,9 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "Phi3": {},
     "Granite": {},
     "SmolLM3": {},
+    "Glm": {"head_dim": 64},  # half of each head is rotated, pairs are neighbours
+    "Cohere": {},  # pairs are neighbours, in fp32
+    "StableLm": {},  # a quarter of each head
 }
 # q, k and v in one op as well; elsewhere the projections stay single ops, with a printed reason
 FUSED_QKV = set(FAMILIES)
@@ -53,7 +56,7 @@ def build(family: str) -> Any:
     name = family.partition("-")[0]
     config_class = getattr(transformers, f"{name}TextConfig", None) or getattr(transformers, f"{name}Config")
     values = BASE | FAMILIES[family]
-    if name in ("Phi3", "Granite", "SmolLM3", "Qwen2"):
+    if name in ("Phi3", "Granite", "SmolLM3", "Qwen2", "Cohere", "StableLm"):
         values.pop("head_dim")
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config_class(**values)).to(torch.bfloat16).eval()

@@ -80,13 +80,16 @@ LIBRARY.define("embedding(Tensor ids, Tensor[] w, int num_rows, int k, ScalarTyp
 LIBRARY.define("rms_norm(Tensor x, Tensor? w, float eps, float offset) -> Tensor")
 
 # int8_qkv: pre-norm, the three projections, q/k norm and rotary embedding.
-# x [B, T, K]; cos/sin [B or 1, T, D] (rotate-half convention: y = x*cos + rotate_half(x)*sin), or None
-# (no rotary). bias: [] or [bq, bk, bv]. q_norm_w/k_norm_w [D] share eps and offset.
+# x [B, T, K]; cos/sin [B or 1, T, R], R <= D and even, or None (no rotary): the first R elements of a head become
+# x*cos + swap(x)*sin, where swap gives (-x[R/2:], x[:R/2]), or, `interleaved`, (-x[1], x[0], -x[3], x[2], ...).
+# bias: [] or [bq, bk, bv]. q_norm_w/k_norm_w [D] share eps and offset; `v_norm`: the value has a norm of that eps too,
+# without a weight.
 # -> q [B, H, T, D], k [B, Hkv, T, D], v [B, Hkv, T, D], each contiguous.
 LIBRARY.define(
     f"int8_qkv(Tensor x, {_NORM}, Tensor[] wq, Tensor[] wk, Tensor[] wv, Tensor[] bias, "
     "Tensor? q_norm_w, Tensor? k_norm_w, float? qk_norm_eps, float qk_norm_offset, "
-    "Tensor? cos, Tensor? sin, int heads, int kv_heads, int head_dim) -> (Tensor, Tensor, Tensor)"
+    "Tensor? cos, Tensor? sin, int heads, int kv_heads, int head_dim, bool interleaved, bool v_norm) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 # int8_attention: scaled dot-product attention, output projection, post-norm, residual add.
@@ -165,6 +168,8 @@ def _int8_qkv_fake(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    interleaved: bool,
+    v_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     b, t = x.shape[0], x.shape[1]
     q = x.new_empty((b, heads, t, head_dim))

@@ -80,6 +80,8 @@ def int8_qkv(
     heads: int,
     kv_heads: int,
     head_dim: int,
+    interleaved: bool,
+    v_norm: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `ops.py`. -> q [B, H, T, D], k and v [B, Hkv, T, D]."""
     h = normed(x, norm_w, norm_eps, norm_offset)
@@ -90,9 +92,8 @@ def int8_qkv(
     ):
         y = _linear(_as_input(h, weights, x), weights, b, count * head_dim)
         out.append((y.unflatten(-1, (count, head_dim)).transpose(1, 2), w))
-    q, k, v = (
-        y if i == 2 else rotated(normed(y, w, qk_norm_eps, qk_norm_offset), cos, sin) for i, (y, w) in enumerate(out)
-    )
+    q, k = (rotated(normed(y, w, qk_norm_eps, qk_norm_offset), cos, sin, interleaved) for y, w in out[:2])
+    v = normed(out[2][0], None, qk_norm_eps if v_norm else None, 0.0)
     return q.to(x.dtype).contiguous(), k.to(x.dtype).contiguous(), v.to(x.dtype).contiguous()
 
 
@@ -189,13 +190,24 @@ def normed(x: Tensor, w: Tensor | None, eps: float | None, offset: float, dtype:
     return d if w is None else d * (w.to(dtype) + offset)
 
 
-def rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None, dtype: torch.dtype = torch.float64) -> Tensor:
-    """x [B, heads, T, D] under rotary embedding, computed in `dtype`; cos, sin [B or 1, T, D], or None: x itself."""
+def rotated(
+    x: Tensor, cos: Tensor | None, sin: Tensor | None, interleaved: bool = False, dtype: torch.dtype = torch.float64
+) -> Tensor:
+    """x [B, heads, T, D] under rotary embedding, computed in `dtype`; cos, sin [B or 1, T, R], or None: x itself."""
     if cos is None or sin is None:
         return x
+    width = cos.shape[-1]
+    turned, rest = x[..., :width].to(dtype), x[..., width:].to(dtype)
+    swap = swapped(turned, interleaved)
+    return torch.cat((turned * cos.to(dtype).unsqueeze(1) + swap * sin.to(dtype).unsqueeze(1), rest), -1)
+
+
+def swapped(x: Tensor, interleaved: bool) -> Tensor:
+    """The other element of each rotated pair, the first of a pair negative."""
+    if interleaved:
+        return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
     half = x.shape[-1] // 2
-    swapped = torch.cat((-x[..., half:], x[..., :half]), -1)
-    return x.to(dtype) * cos.to(dtype).unsqueeze(1) + swapped.to(dtype) * sin.to(dtype).unsqueeze(1)
+    return torch.cat((-x[..., half:], x[..., :half]), -1)
 
 
 def _finish(

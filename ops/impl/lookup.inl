@@ -1,16 +1,33 @@
 // The two ops that move values into another shape: rotary embedding of heads, rows of an embedding.
 
+// Element 2i of the result is -x[2i + 1], element 2i + 1 is x[2i].
+INLINE vf swap_neighbours(vf x) {
+  alignas(64) float in[16], out[16];
+  store(in, x);
+  for (int i = 0; i < 16; i += 2) {
+    out[i] = -in[i + 1];
+    out[i + 1] = in[i];
+  }
+  return load(out);
+}
+
 void rotary_head(const RotaryArgs& p, int64_t item) {
   const int64_t token = item / p.heads, head = item % p.heads, b = token / p.T, t = token % p.T;
-  const int64_t d = p.head_dim, half = d / 2;
+  const int64_t d = p.head_dim, turned = p.cos.data == nullptr ? 0 : p.rotary_dim, half = turned / 2;
   const Array row_data{p.x, DType::f32};
   const NormedRow row(row_data, p.norm, token * p.stride + head * d, d);
   const int64_t to = ((b * p.heads + head) * p.T + t) * d;
-  if (p.cos.data == nullptr) {
-    for (int64_t j = 0; j < d; j += 16) store16(p.out, to + j, row.at(j), d - j);
+  for (int64_t j = turned; j < d; j += 16) store16(p.out, to + j, row.at(j), d - j);
+  const int64_t angle = (p.shared_cos ? t : token) * turned;
+  if (p.interleaved) {
+    for (int64_t j = 0; j < turned; j += 16) {
+      const int64_t left = turned - j;
+      const vf x = row.at(j, left);
+      const vf other = mul(swap_neighbours(x), load16(p.sin, angle + j, left));
+      store16(p.out, to + j, fma(x, load16(p.cos, angle + j, left), other), left);
+    }
     return;
   }
-  const int64_t angle = (p.shared_cos ? t : token) * d;
   for (int64_t j = 0; j < half; j += 16) {
     const int64_t left = half - j;
     const vf x = row.at(j, left), y = row.at(j + half, left);

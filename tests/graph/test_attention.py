@@ -98,7 +98,7 @@ def test_projections_and_core_are_taken(qk_norm: str, rope: bool, fused: bool) -
     assert kinds(match) == ["attention", "qkv"], match.reasons
     qkv = find(gm, torch.ops.unicorn.int8_qkv.default)
     assert (qkv.args[8] is not None) == bool(qk_norm) and (qkv.args[12] is not None) == rope
-    assert qkv.args[14:] == (HEADS, KV, D)
+    assert qkv.args[14:] == (HEADS, KV, D, False, False)
     assert not any(n.target is torch.ops.aten.linear.default for n in gm.graph.nodes)
 
 

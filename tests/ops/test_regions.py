@@ -59,39 +59,50 @@ def test_ffn_with_float_weights(schemes: tuple[str, str, str]) -> None:
 def qkv_args(
     b: int, t: int, k: int, dims: tuple[int, int, int], scheme: str, dtype: torch.dtype, **on: Any
 ) -> list[Any]:
-    """Arguments of int8_qkv; dims = heads, kv_heads, head_dim; `on`: pre, norm, rotary, bias, shared."""
+    """Arguments of int8_qkv; dims = heads, kv_heads, head_dim; `on`: pre, norm, rotary, bias,
+    shared, turned, interleaved, v_norm."""
     heads, kv_heads, d = dims
     rows = [heads * d, kv_heads * d, kv_heads * d]
     weights = [make_weight(n, k, scheme) for n in rows]
     pre = (torch.rand(k).to(dtype), 1e-6, 1.0) if on.get("pre") else (None, None, 0.0)
     qk = (torch.rand(d), torch.rand(d), 1e-6, 1.0) if on.get("norm") else (None, None, None, 0.0)
-    angle = torch.rand(1 if on.get("shared", True) else b, t, d) * 6
+    angle = torch.rand(1 if on.get("shared", True) else b, t, on.get("turned", d)) * 6
+    pairs = on.get("interleaved", False), on.get("v_norm", False)
     rotary = (angle.cos().to(dtype), angle.sin().to(dtype)) if on.get("rotary") else (None, None)
     bias = [torch.randn(n) for n in rows] if on.get("bias") else []
-    return [torch.randn(b, t, k).to(dtype), *pre, *weights, bias, *qk, *rotary, heads, kv_heads, d]
+    return [torch.randn(b, t, k).to(dtype), *pre, *weights, bias, *qk, *rotary, heads, kv_heads, d, *pairs]
 
 
 def qkv_bounds(args: list[Any]) -> list[Approx]:
     """int8_qkv with bounds."""
-    x, norm_w, eps, offset, wq, wk, wv, bias, qw, kw, qk_eps, qk_offset, cos, sin, heads, kv_heads, d = args
+    x, norm_w, eps, offset, wq, wk, wv, bias, qw, kw, qk_eps, qk_offset, cos, sin, heads, kv_heads, d, *pairs = args
     h = norm(Approx.exact(x), norm_w, eps, offset)
     out = []
     biases, norms, counts = bias or [None] * 3, (qw, kw, None), (heads, kv_heads, kv_heads)
     for w, b, w_norm, count in zip((wq, wk, wv), biases, norms, counts, strict=True):
         y = project(h, w, b, count * d)
         y = Approx(*(part.unflatten(-1, (count, d)).transpose(1, 2) for part in (y.value, y.error)))
-        out.append(y if len(out) == 2 else rotated(norm(y, w_norm, qk_eps, qk_offset), cos, sin))
+        if len(out) == 2:
+            out.append(norm(y, None, qk_eps if pairs[1] else None, 0.0))
+        else:
+            out.append(rotated(norm(y, w_norm, qk_eps, qk_offset), cos, sin, pairs[0]))
     return out
 
 
-def rotated(x: Approx, cos: Tensor | None, sin: Tensor | None) -> Approx:
+def rotated(x: Approx, cos: Tensor | None, sin: Tensor | None, interleaved: bool) -> Approx:
     """Rotary embedding: two products, one sum."""
     if cos is None or sin is None:
         return x
-    c, s = cos.double().abs().unsqueeze(1), sin.double().abs().unsqueeze(1)
-    error = x.error * c + x.error.roll(x.error.shape[-1] // 2, -1) * s
-    size = x.value.abs() * c + x.value.abs().roll(x.value.shape[-1] // 2, -1) * s
-    return Approx(reference.rotated(x.value, cos, sin), error * (1 + 1e-6) + 3 * 2.0**-24 * size)
+
+    def size(part: Tensor) -> Tensor:
+        """|part| under |cos| and |sin|; what is not rotated stays."""
+        turned = part[..., : cos.shape[-1]].abs()
+        other = reference.swapped(turned, interleaved).abs()
+        both = turned * cos.double().abs().unsqueeze(1) + other * sin.double().abs().unsqueeze(1)
+        return torch.cat((both, part[..., cos.shape[-1] :].abs()), -1)
+
+    value = reference.rotated(x.value, cos, sin, interleaved)
+    return Approx(value, size(x.error) * (1 + 1e-6) + 3 * 2.0**-24 * size(x.value))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -104,6 +115,29 @@ def test_qkv(isa: str, threads: int, scheme: str, rotary: bool) -> None:
         for got, want in zip(OPS.int8_qkv(*args), qkv_bounds(args), strict=True):
             assert got.is_contiguous()
             assert_within(got, want)
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("turned", [8, 20, 34, 40])
+def test_qkv_partly_rotated(isa: str, threads: int, interleaved: bool, turned: int) -> None:
+    """Widths within, at and beyond a vector of 16; a value with a norm of its own."""
+    on = {"norm": True, "rotary": True, "turned": turned, "interleaved": interleaved, "v_norm": True}
+    args = qkv_args(2, 3, 64, (3, 1, 40), "w8c", DTYPES[turned % 3], **on)
+    for got, want in zip(OPS.int8_qkv(*args), qkv_bounds(args), strict=True):
+        assert_within(got, want)
+
+
+def test_rotary_reference_is_a_rotation_of_pairs() -> None:
+    """Against complex numbers: pairs half the width apart, or neighbours."""
+    x, angle = torch.randn(1, 2, 3, 12, dtype=torch.float64), torch.rand(1, 3, 4, dtype=torch.float64)
+    for interleaved in (False, True):
+        table = angle.repeat_interleave(2, -1) if interleaved else torch.cat((angle, angle), -1)
+        got = reference.rotated(x, table.cos(), table.sin(), interleaved)
+        pairs = x[..., :8].unflatten(-1, (4, 2) if interleaved else (2, 4))
+        real, imaginary = pairs.unbind(-1 if interleaved else -2)
+        turned = torch.complex(real, imaginary) * torch.polar(torch.ones_like(angle), angle)
+        want = torch.stack((turned.real, turned.imag), -1 if interleaved else -2).flatten(-2)
+        assert torch.allclose(got, torch.cat((want, x[..., 8:]), -1), rtol=1e-12, atol=1e-14)
 
 
 def test_qkv_mixed_with_a_float_weight() -> None:

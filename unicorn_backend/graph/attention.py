@@ -38,9 +38,9 @@ from unicorn_backend.graph.pattern import (
     value,
 )
 from unicorn_backend.graph.region import Attention, Match, Qkv, rows_fit
+from unicorn_backend.graph.rotary import Rotation, as_rotation, rotation_of
 
 SDPA = aten.scaled_dot_product_attention.default
-ROTARY = (aten.mul.Tensor, aten.slice.Tensor, aten.neg.default, aten.cat.default, aten.add.Tensor)
 
 
 @dataclass(frozen=True)
@@ -229,14 +229,18 @@ class _Head:
     linear: Linear
     node: Node
     norm: Norm | None
-    cos: Node | None
-    sin: Node | None
+    rotation: Rotation | None
+
+    @property
+    def tables(self) -> tuple[Node, Node, bool] | None:
+        """What the heads of one attention must share."""
+        return None if self.rotation is None else self.rotation.tables
 
 
 def _input_side(attention: Attention) -> Qkv | str:
     query = _back_to_projection(attention.q)
-    if query is None:
-        return "the query is not a projection with optional norm and rotary embedding"
+    if isinstance(query, str):
+        return query
     x = query.linear.x
     if len(shape(x)) != 3:
         return f"the projections read a tensor of {len(shape(x))} dimensions, not [B, T, K]"
@@ -244,18 +248,22 @@ def _input_side(attention: Attention) -> Qkv | str:
     others = [h for h in others if h.linear != query.linear and same_size(shape(h.node)[3], shape(query.node)[3])]
     if len(others) != 2:
         return f"{len(others)} projections beside the query read its input, 2 are needed (key, value)"
-    key, val = sorted(others, key=lambda h: h.cos is None)
-    if (key.cos, key.sin) != (query.cos, query.sin) or val.cos is not None or val.norm is not None:
-        return "query and key are not rotated alike, or the value has a norm or a rotation"
+    key, val = sorted(others, key=lambda h: (h.rotation is None, h.norm is None or h.norm.w is None))
+    if key.tables != query.tables or val.rotation is not None:
+        return "query and key are not rotated alike, or the value is rotated"
     return _check_qkv(query, key, val)
 
 
 def _check_qkv(query: _Head, key: _Head, val: _Head) -> Qkv | str:
     norms = (query.norm, key.norm)
+    if any(norm is not None and norm.w is None for norm in norms):
+        return "the norm of query or key has no weight"
     if (norms[0] is None) != (norms[1] is None):
         return "only one of query and key has a norm"
     if norms[0] and norms[1] and (norms[0].eps, norms[0].offset) != (norms[1].eps, norms[1].offset):
         return "the norms of query and key differ in eps or offset"
+    if val.norm and (val.norm.w is not None or norms[0] is None or norms[0].eps != val.norm.eps):
+        return "the norm of the value has a weight, or another eps than those of query and key"
     linears = (query.linear, key.linear, val.linear)
     if not all(map(rows_fit, linears)):
         return "query, key and value share one packed weight and do not split at multiples of 16 rows"
@@ -265,7 +273,8 @@ def _check_qkv(query: _Head, key: _Head, val: _Head) -> Qkv | str:
     readers = {whole_of(linear) for linear in linears}
     if norm is not None and not set(norm.node.users) <= readers:
         norm = None
-    return Qkv(*linears, (query.node, key.node, val.node), norm, query.norm, key.norm, query.cos, query.sin)
+    heads = (query.node, key.node, val.node)
+    return Qkv(*linears, heads, norm, query.norm, key.norm, val.norm is not None, query.rotation)
 
 
 def _projections(x: Node) -> list[Linear]:
@@ -294,109 +303,42 @@ def _row_ranges(node: Node) -> list[Linear]:
 
 
 def _forward_to_heads(linear: Linear) -> _Head | None:
-    """`linear` -> view [B, T, H, D] -> transpose(1, 2), with a norm over D before or after, -> rotary."""
+    """`linear` -> view [B, T, H, D] -> transpose(1, 2), with norm over D and then rotary on either side of it."""
     view = only_user(linear.node)
     if view is None or not is_op(view, *VIEWS) or len(shape(view)) != 4 or static(shape(view)[3]) is None:
         return None
-    early, node = _norm_after(view)
+    norm, turn, node = _norm_and_rotation(view, None, None, heads=2)
     swapped = only_user(node)
     if swapped is None or not is_op(swapped, aten.transpose.int) or {d % 4 for d in swapped.args[1:3]} != {1, 2}:
         return None
-    late, node = _norm_after(swapped) if early is None else (None, swapped)
-    norm = early or late
-    rotated = _rotation_of(node)
-    if rotated is None:
-        return _Head(linear, node, norm, None, None)
-    out, cos, sin = rotated
-    return _Head(linear, out, norm, cos, sin)
+    norm, turn, node = _norm_and_rotation(swapped, norm, turn, heads=1)
+    return _Head(linear, node, norm, turn)
 
 
-def _norm_after(node: Node) -> tuple[Norm | None, Node]:
-    """(norm, its node) if a norm with a weight is all that reads `node`, else (None, node)."""
+def _norm_and_rotation(
+    node: Node, norm: Norm | None, turn: Rotation | None, heads: int
+) -> tuple[Norm | None, Rotation | None, Node]:
+    """What of the two is still missing, if it is all that reads `node`, and the last node of it."""
     user = only_user(node)
-    norm = as_norm(user) if user is not None else None
-    return (norm, norm.node) if norm is not None and norm.w is not None else (None, node)
+    if norm is None and turn is None and user is not None and (norm := as_norm(user)) is not None:
+        node = norm.node
+    if turn is None and (found := rotation_of(node)) is not None and heads in found.heads:
+        turn, node = found, found.out
+    return norm, turn, node
 
 
-def _back_to_projection(q: Node) -> _Head | None:
+def _back_to_projection(q: Node) -> _Head | str:
     """From the query that attention reads back to its projection."""
-    node = strip(q, *COPIES)
-    rotation = _as_rotation(node)
-    inner = rotation[0] if rotation else node
+    node = inner = strip(q, *COPIES)
     while not is_op(inner, *VIEWS):
-        norm = as_norm(inner)
-        if norm is None and not is_op(inner, aten.transpose.int):
-            return None
-        inner = norm.x if norm else inner.args[0]
+        turn, norm = as_rotation(inner), as_norm(inner)
+        if turn is None and norm is None and not is_op(inner, aten.transpose.int):
+            return (
+                f"the query comes from {getattr(inner, 'target', inner)}, not from a norm or rotary embedding we know"
+            )
+        inner = turn.x if turn else norm.x if norm else inner.args[0]
     linear = as_linear(inner.args[0])
     found = _forward_to_heads(linear) if linear is not None else None
-    return found if found is not None and found.node is node else None
-
-
-def _rotation_of(x: Node) -> tuple[Node, Node, Node] | None:
-    """(rotated, cos, sin) if `x` is read by one rotary embedding and by nothing else."""
-    for user in x.users:
-        for out in user.users:
-            whole = only_user(out) if out.op == "call_function" else None
-            for candidate in (whole, out):
-                found = _as_rotation(candidate) if candidate is not None else None
-                if found is not None and found[0] is x and _reads_only(x, candidate):
-                    return candidate, found[1], found[2]
-    return None
-
-
-def _reads_only(x: Node, out: Node | None) -> bool:
-    """True if everything that reads `x` ends in `out` (so that `x` itself may disappear)."""
-    seen, stack = set(), list(x.users)
-    while stack:
-        node = stack.pop()
-        if node is out or node in seen:
-            continue
-        seen.add(node)
-        if not node.users or not is_op(node, *ROTARY):
-            return False
-        stack += list(node.users)
-    return True
-
-
-def _as_rotation(node: Any) -> tuple[Node, Node, Node] | None:
-    """(x, cos, sin) if `node` is `x * cos + rotate_half(x) * sin` over the whole head width."""
-    if is_op(node, aten.cat.default):  # partial rotary whose untouched part is empty (Phi-3 at factor 1)
-        parts = [part for part in node.args[0] if static(shape(part)[-1]) != 0]
-        return _as_rotation(parts[0]) if len(parts) == 1 and len(node.args[0]) == 2 else None
-    if not is_op(node, aten.add.Tensor):
-        return None
-    found = operands(node, _rotated_half)
-    if found is None or not is_op(found[1], aten.mul.Tensor):
-        return None
-    (x, sin), plain = found
-    cos = plain.args[1] if plain.args[0] is x else plain.args[0] if plain.args[1] is x else None
-    tables = [_table(table, x) for table in (cos, sin)]
-    return None if tables[0] is None or tables[1] is None else (x, tables[0], tables[1])
-
-
-def _rotated_half(node: Any) -> tuple[Node, Node] | None:
-    """(x, sin) if `node` is `cat(-x[..., D/2:], x[..., :D/2]) * sin`."""
-    if not is_op(node, aten.mul.Tensor):
-        return None
-    found = operands(node, _half_swap)
-    return None if found is None or not isinstance(found[1], Node) else found
-
-
-def _half_swap(node: Any) -> Node | None:
-    if not is_op(node, aten.cat.default) or len(node.args[0]) != 2 or not is_op(node.args[0][0], aten.neg.default):
-        return None
-    high, low = row_range(node.args[0][0].args[0]), row_range(node.args[0][1])
-    if high is None or low is None or high[0] is not low[0]:
-        return None
-    width = static(shape(high[0])[-1])
-    whole = width is not None and (low[1], low[2], high[1], high[2]) == (0, width // 2, width // 2, width)
-    return high[0] if whole else None
-
-
-def _table(table: Any, x: Node) -> Node | None:
-    """cos or sin as [B or 1, T, D], from the [B, 1, T, D] that broadcasts over heads."""
-    if is_op(table, aten.unsqueeze.default) and table.args[1] in (1, -3) and len(shape(table.args[0])) == 3:
-        source = table.args[0]
-        return source if same_size(shape(source)[-1], shape(x)[-1]) else None
-    return None
+    if found is None or found.node is not node:
+        return "the query is not a projection with optional norm and then rotary embedding per head"
+    return found

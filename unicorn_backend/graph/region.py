@@ -8,6 +8,7 @@ from typing import Any
 from torch.fx import GraphModule, Node
 
 from unicorn_backend.graph.pattern import Linear, Norm, Reason, Tail, aten, shape, static, value
+from unicorn_backend.graph.rotary import Rotation
 
 TILE_ROWS = 16  # rows of a packed weight tile: a row range of a packed weight must start and end on it
 
@@ -65,8 +66,8 @@ class Qkv:
     norm: Norm | None
     q_norm: Norm | None
     k_norm: Norm | None
-    cos: Node | None
-    sin: Node | None
+    v_norm: bool  # a norm without weight, of the eps of the other two
+    rotation: Rotation | None
 
     kind = "qkv"
     op = "unicorn::int8_qkv"

@@ -154,7 +154,8 @@ def _place_qkv(gm: GraphModule, qkv: Qkv) -> str | None:
     norms = [norm.w for norm in (qkv.norm, qkv.q_norm, qkv.k_norm) if norm and norm.w is not None]
     weights = [w for linear in qkv.linears for w in linear.weights]
     biases = [linear.bias for linear in qkv.linears if linear.bias is not None]
-    needed = [_current(n) for n in (x, qkv.cos, qkv.sin, *norms, *weights, *biases) if n is not None]
+    tables = () if qkv.rotation is None else qkv.rotation.tables[:2]
+    needed = [_current(n) for n in (x, *tables, *norms, *weights, *biases)]
     after = last_of(needed, order)
     readers = [user for head in qkv.heads for user in head.users]
     if any(order[reader] <= order[after] for reader in readers):
@@ -176,8 +177,20 @@ def _emit_qkv(gm: GraphModule, qkv: Qkv, x: Node) -> list[Node]:
     q_norm, k_norm = _norm_args(qkv.q_norm), _norm_args(qkv.k_norm)
     heads, kv_heads, width = (static(shape(qkv.heads[i])[d]) for i, d in ((0, 1), (1, 1), (0, 3)))
     args = (x, *_norm_args(qkv.norm), *weights, biases, q_norm[0], k_norm[0], *q_norm[1:])
-    fused = _emit(gm, unicorn.int8_qkv.default, (*args, qkv.cos, qkv.sin, heads, kv_heads, width))
+    cos, sin, interleaved = (None, None, False) if qkv.rotation is None else qkv.rotation.tables
+    tables = [_table(gm, table) for table in (cos, sin)]
+    fused = _emit(gm, unicorn.int8_qkv.default, (*args, *tables, heads, kv_heads, width, interleaved, qkv.v_norm))
     return [gm.graph.call_function(operator.getitem, (fused, i)) for i in range(3)]
+
+
+def _table(gm: GraphModule, table: Node | None) -> Node | None:
+    """cos or sin as [B or 1, T, width]; what broadcasts over heads loses that dimension."""
+    if table is None or len(shape(table)) == 3:
+        return table
+    heads = next(dim for dim in (1, 2) if static(shape(table)[dim]) == 1)
+    flat = gm.graph.call_function(aten.squeeze.dim, (_current(table), heads))
+    flat.meta["val"] = value(table).squeeze(heads)
+    return flat
 
 
 def count_linears(gm: GraphModule) -> list[Linear]:

@@ -69,7 +69,7 @@ class QkvRegion:
     def run(self, arguments: Sequence[Any]) -> tuple[Tensor, ...] | None:
         """The op's result, or None if a value is not finite."""
         x, norm_w, norm_eps, norm_offset = arguments[:4]
-        bias, q_norm_w, k_norm_w, eps, offset, cos, sin, _, _, dim = arguments[7:17]
+        bias, q_norm_w, k_norm_w, eps, offset, cos, sin, _, _, dim, interleaved, v_norm = arguments[7:19]
         h = normed(x.float(), norm_w, norm_eps, norm_offset, torch.float32).reshape(-1, x.shape[-1])
         if not torch.isfinite(h).all():
             return None
@@ -80,7 +80,9 @@ class QkvRegion:
             states = biased.unflatten(-1, (-1, dim)).transpose(1, 2)
             if i < 2:
                 states = normed(states, (q_norm_w, k_norm_w)[i], eps, offset, torch.float32)
-                states = rotated(states, cos, sin, torch.float32)
+                states = rotated(states, cos, sin, interleaved, torch.float32)
+            elif v_norm:
+                states = normed(states, None, eps, 0.0, torch.float32)
             out.append(states.to(x.dtype).contiguous())
         return tuple(out)
 
