@@ -26,8 +26,8 @@ FIELDS = {
     "top1": r"Same top p:\s+([\d.]+) ±\s+([\d.]+)",
     "perplexity": r"Mean PPL\(Q\)\s+:\s+([\d.]+) ±\s+([\d.]+)",
 }
-# name -> recipe of ours (and its overrides), or type of llama-quantize
-OURS = {"unicorn q4": "q4", "unicorn hybrid": "hybrid", "unicorn default": "default", "unicorn int8": "int8"}
+# recipes of ours; name -> type of llama-quantize
+OURS = ("q4", "hybrid", "q4_k_m", "default", "int8")
 PEERS = {"llama.cpp Q4_0": "Q4_0", "llama.cpp IQ4_NL": "IQ4_NL", "llama.cpp Q4_K_M": "Q4_K_M", "llama.cpp Q8_0": "Q8_0"}
 
 
@@ -51,9 +51,9 @@ def _rows(folder: Path, llama: Path) -> list[dict[str, Any]]:
     reference, base = folder / "bf16/model.gguf", folder / "base"
     _perplexity(llama, reference, text, "--kl-divergence-base", str(base))
     files = {}
-    for name, recipe in OURS.items():
-        quantize_checkpoint("tiny", folder / recipe, recipe, format="gguf")
-        files[name] = folder / recipe / "model.gguf"
+    for recipe in OURS:
+        quantize_checkpoint("tiny", folder / recipe, recipe, rules={"embed_tokens": "w8a"}, format="gguf")
+        files[f"unicorn {recipe}"] = folder / recipe / "model.gguf"
     for name, kind in PEERS.items():
         files[name] = folder / f"{kind}.gguf"
         command = [str(llama / "llama-quantize"), "--token-embedding-type", "q8_0"]
@@ -62,7 +62,9 @@ def _rows(folder: Path, llama: Path) -> list[dict[str, Any]]:
 
 
 def _score(name: str, path: Path, llama: Path, text: Path, base: Path) -> dict[str, Any]:
-    out = _perplexity(llama, path, text, "--kl-divergence-base", str(base), "--kl-divergence")
+    out = ""
+    while "Same top p" not in out:  # its log thread sometimes loses the last lines
+        out = _perplexity(llama, path, text, "--kl-divergence-base", str(base), "--kl-divergence")
     row: dict[str, Any] = {"name": name, "bits_per_weight": _bits(path)}
     for field, pattern in FIELDS.items():
         found = re.search(pattern, out)

@@ -195,6 +195,12 @@ def pack_w4m32(q: Tensor, s: Tensor, m: Tensor) -> list[Tensor]:
     return [w, scales, _tile_scales(m, w.shape[0])]
 
 
+def unpack_w4m32(w: Tensor, s: Tensor, m: Tensor, n: int, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inverse of `pack_w4m32`: uint8 [n, k], fp16 and fp16 [n, ceil(k/32)]."""
+    q, scales = unpack_w4g32(w, s, n, k)
+    return (q + W4_ZERO).to(torch.uint8), scales, _untile_scales(m)[:n].contiguous()
+
+
 def pack_kquant(q: Tensor, pairs: Tensor, supers: Tensor, bits: int) -> list[Tensor]:
     """A k-quant -> [w, s, d] of the contract. K is a multiple of 256.
 
@@ -258,8 +264,8 @@ def unpack(weights: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor, Tenso
     if scheme in ("q4k", "q5k", "q6k"):
         return _unpack_kquant(weights, n, k)
     if scheme == "w4m32":
-        q, s = unpack_w4g32(weights[0], weights[1], n, k)
-        return q.float() + W4_ZERO, s.float(), _untile_scales(weights[2])[:n].float()
+        q, s, m = unpack_w4m32(weights[0], weights[1], weights[2], n, k)
+        return q.float(), s.float(), m.float()
     if scheme == "w4g32":
         q, s = unpack_w4g32(weights[0], weights[1], n, k)
     elif scheme == "w4n32":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from typing import Any
 
@@ -13,6 +14,7 @@ from unicorn_backend.quantize.recipe import Recipe, Rule, recipes
 
 WIDE, NARROW, SQUARE = nn.Linear(8, 16), nn.Linear(16, 8), nn.Linear(8, 8)
 TABLE = nn.Embedding(8, 8)
+KINDS = (nn.Linear, nn.Embedding)
 
 CASES: tuple[tuple[str, nn.Module, str | None], ...] = (
     ("model.embed_tokens", TABLE, "w8a"),
@@ -63,8 +65,8 @@ def test_other_recipes(recipe: str, attention: str | None, ffn: str | None) -> N
 
 
 def test_names() -> None:
-    assert recipes() == ("default", "q4", "ultra", "hybrid", "int8", "none")
-    with pytest.raises(OptionError, match=r"'int3'.*'default', 'q4', 'ultra', 'hybrid', 'int8', 'none'"):
+    assert recipes() == ("default", "q4", "ultra", "hybrid", "q4_k_m", "int8", "none")
+    with pytest.raises(OptionError, match=r"'int3'.*'default', 'q4', 'ultra', 'hybrid', 'q4_k_m', 'int8', 'none'"):
         Recipe.named("int3")
 
 
@@ -72,6 +74,47 @@ def test_names() -> None:
 def test_json_round_trip(name: str) -> None:
     recipe = Recipe.named(name).with_overrides({"layers\\.0\\.": None, "head$": "w8c"})
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
+
+
+def llama(layers: int, tied: bool) -> nn.Module:
+    """Modules under the names of a Llama, with a vision tower that has more layers."""
+    layer = {"self_attn.q_proj": SQUARE, "self_attn.v_proj": SQUARE, "mlp.up_proj": WIDE, "mlp.down_proj": NARROW}
+    model = nn.Module()
+    model.layers = nn.ModuleList([_nested(layer) for _ in range(layers)])
+    model.vision_tower = nn.Module()
+    model.vision_tower.layers = nn.ModuleList([_nested(layer) for _ in range(2 * layers)])
+    model.embed_tokens, model.lm_head = nn.Embedding(8, 8), nn.Linear(8, 8)
+    if tied:
+        model.lm_head.weight = model.embed_tokens.weight
+    return model
+
+
+def _nested(modules: dict[str, nn.Module]) -> nn.Module:
+    root = nn.Module()
+    for name, module in modules.items():
+        outer, inner = name.split(".")
+        if not hasattr(root, outer):
+            root.add_module(outer, nn.Module())
+        root.get_submodule(outer).add_module(inner, copy.deepcopy(module))
+    return root
+
+
+@pytest.mark.parametrize(
+    ("layers", "more"),
+    [(1, [0]), (6, [2, 5]), (26, [0, 1, 2, 5, 8, 11, 14, 17, 20, 22, 23, 24, 25])],
+)
+@pytest.mark.parametrize("tied", [True, False])
+def test_q4_k_m(layers: int, more: list[int], tied: bool) -> None:
+    """llama.cpp's use_more_bits; a table of its own stays q4k."""
+    model = llama(layers, tied)
+    recipe = Recipe.named("q4_k_m").fitted(model)
+    schemes = {name: recipe.scheme_for(name, m) for name, m in model.named_modules() if isinstance(m, KINDS)}
+    for kind in ("self_attn.v_proj", "mlp.down_proj"):
+        assert [i for i in range(layers) if schemes[f"layers.{i}.{kind}"] == "q6k"] == more
+    others = {schemes[f"layers.{i}.{kind}"] for i in range(layers) for kind in ("self_attn.q_proj", "mlp.up_proj")}
+    assert others == {"q4k"} and schemes["lm_head"] == "q6k" and schemes["embed_tokens"] == ("q6k" if tied else "q4k")
+    assert not any(scheme for name, scheme in schemes.items() if "vision" in name)
+    assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))).fitted(model) == recipe
 
 
 def test_overrides_come_first() -> None:

@@ -1,20 +1,21 @@
-"""GGUF out: one file that llama.cpp runs. w4g32 becomes Q4_0, w4n32 IQ4_NL, w8g32 Q8_0 with the same values.
+"""GGUF out: one file that llama.cpp runs, with the values of every scheme that has a type there.
 
-Q4_0's 18 bytes hold what our search found for a group, so a file written here has Q4_0's size and less error
-than llama.cpp's own. w8c and w8a become Q8_0, with a scale per 32 weights instead of one per row. Norms are
-fp32, as llama.cpp wants.
+The blocks hold what our searches found, so a file written here has the size of llama.cpp's own and less error. w8c and
+w8a become Q8_0, with a scale per 32 weights instead of one per row. k-quants are blocks of 256 columns; a weight of
+another width becomes what llama.cpp makes it. Norms are fp32, as llama.cpp wants.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf.quants import dequantize, quantize
 from torch import Tensor
 from transformers.modeling_gguf_pytorch_utils import Gemma2TensorProcessor, get_gguf_hf_weights_map
 
@@ -31,7 +32,16 @@ from unicorn_backend.formats.target import (
     packed_with_noise,
     squares,
 )
-from unicorn_backend.layouts import GROUP, ROWS, W4_ZERO, unpack_w4g32, unpack_w8g32
+from unicorn_backend.layouts import (
+    GROUP,
+    ROWS,
+    SUPER,
+    W4_ZERO,
+    unpack_kquant,
+    unpack_w4g32,
+    unpack_w4m32,
+    unpack_w8g32,
+)
 from unicorn_backend.quantize.recipe import FLOAT
 
 if TYPE_CHECKING:
@@ -41,7 +51,12 @@ if TYPE_CHECKING:
 FILE = "model.gguf"
 ALIGNMENT = 32
 Type = GGMLQuantizationType
-_TYPES = {"w4g32": Type.Q4_0, "w4n32": Type.IQ4_NL, "w8g32": Type.Q8_0, "w8c": Type.Q8_0, "w8a": Type.Q8_0}
+_TYPES = {
+    "w4g32": Type.Q4_0, "w4n32": Type.IQ4_NL, "w4m32": Type.Q4_1, "q4k": Type.Q4_K, "q5k": Type.Q5_K,
+    "q6k": Type.Q6_K, "w8g32": Type.Q8_0, "w8c": Type.Q8_0, "w8a": Type.Q8_0,
+}  # fmt: skip
+# For rows that are no multiple of 256 (llama.cpp's tensor_type_fallback).
+_NARROW = {Type.Q4_K: Type.Q5_0, Type.Q5_K: Type.Q5_1, Type.Q6_K: Type.Q8_0}
 _FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Type.BF16}
 
 
@@ -61,14 +76,12 @@ class GgufOut:
         self._types: dict[str, Type] = {}
 
     def label(self, shape: tuple[int, ...], scheme: str) -> str:
-        return FLOAT if scheme == FLOAT else str(_TYPES[scheme].name)
+        return FLOAT if scheme == FLOAT else str(_type_of(scheme, shape).name)
 
     def outputs(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], scheme: str) -> Declared:
-        if scheme not in (*_TYPES, FLOAT):
-            raise CheckpointError(f"{name}: --format gguf writes {', '.join(_TYPES)}, not {scheme}")
         if scheme != FLOAT and shape[1] % GROUP:
             raise CheckpointError(f"{name}: {shape[1]} columns are no multiple of {GROUP}, which GGUF blocks need")
-        kind = _TYPES[scheme] if scheme != FLOAT else Type.F32 if len(shape) == 1 else _FLOATS[dtype]
+        kind = _type_of(scheme, shape) if scheme != FLOAT else Type.F32 if len(shape) == 1 else _FLOATS[dtype]
         elements, size = GGML_QUANT_SIZES[kind]
         renamed = self._renamed(name)
         self._types[renamed] = kind
@@ -82,7 +95,13 @@ class GgufOut:
             assert isinstance(rows, Tensor)
             values = rows.float() + (1.0 if "norm.weight" in renamed else 0.0) if len(shape) == 1 else rows
             return [(renamed, first * values.element_size(), values)], LOSSLESS
-        data, noise = _q8_0(rows) if scheme in ("w8c", "w8a") else _same_values(rows, scheme)
+        kind = _type_of(scheme, shape)
+        if kind != _TYPES[scheme] and kind != Type.Q8_0:
+            data, noise = _by_package(rows, kind)
+        elif scheme in ("w8c", "w8a") or kind != _TYPES[scheme]:
+            data, noise = _q8_0(rows)
+        else:
+            data, noise = _same_values(rows, scheme)
         data = data[: shape[0] - first]
         return [(renamed, first * data.shape[1], data)], noise
 
@@ -115,10 +134,25 @@ class GgufOut:
         return self._names[name]
 
 
+def _type_of(scheme: str, shape: tuple[int, ...]) -> Type:
+    kind = _TYPES[scheme]
+    return _NARROW[kind] if shape[1] % GGML_QUANT_SIZES[kind][0] else kind
+
+
 def _same_values(rows: Rows, scheme: str) -> tuple[Tensor, Noise]:
     """Blocks with the values that the scheme gives."""
     packed, noise = packed_with_noise(rows, scheme)
-    return (to_q8_0(packed) if scheme == "w8g32" else to_q4_0(packed)), noise
+    return _WRITERS[scheme](packed), noise
+
+
+def _by_package(rows: Rows, kind: Type) -> tuple[Tensor, Noise]:
+    """Blocks of a type that has no scheme here, by the gguf package (llama.cpp's bits)."""
+    assert isinstance(rows, Tensor)
+    if not torch.isfinite(rows).all():
+        raise ValueError("NaN or Inf")
+    x = rows.float().numpy()
+    data = quantize(x, kind)
+    return torch.from_numpy(data), (squares(rows.float()), squares(torch.from_numpy(x - dequantize(data, kind))))
 
 
 def to_q4_0(packed: list[Tensor]) -> Tensor:
@@ -138,10 +172,73 @@ def to_q8_0(packed: list[Tensor]) -> Tensor:
     return _blocks(scales, q.view(torch.uint8).view(n, k32, GROUP))
 
 
+def to_q4_1(packed: list[Tensor]) -> Tensor:
+    """w4m32 -> Q4_1 rows uint8 [16 * N16, K32 * 20]; the inverse of `repack_q4_1`."""
+    w, s, m = packed
+    n, k32 = w.shape[0] * ROWS, w.shape[1]
+    q, scales, minima = unpack_w4m32(w, s, m, n, k32 * GROUP)
+    nibbles = q.view(n, k32, 2, 16)
+    rest = torch.cat((_bytes(minima[..., None]), nibbles[:, :, 0] | (nibbles[:, :, 1] << 4)), dim=-1)
+    return _blocks(scales, rest)
+
+
+def to_q4_k(packed: list[Tensor]) -> Tensor:
+    """q4k -> Q4_K rows uint8 [16 * N16, K256 * 144]; the inverse of `repack_q4_k`."""
+    q, head = _affine_super(packed)
+    return torch.cat((head, _two_groups(q)), dim=-1).flatten(1)
+
+
+def to_q5_k(packed: list[Tensor]) -> Tensor:
+    """q5k -> Q5_K rows uint8 [16 * N16, K256 * 176]; the inverse of `repack_q5_k`."""
+    q, head = _affine_super(packed)
+    shifts = torch.arange(SUPER, dtype=torch.uint8)[:, None]
+    high = ((q >> 4) << shifts).sum(2, dtype=torch.uint8)
+    return torch.cat((head, high, _two_groups(q & 15)), dim=-1).flatten(1)
+
+
+def to_q6_k(packed: list[Tensor]) -> Tensor:
+    """q6k -> Q6_K rows uint8 [16 * N16, K256 * 210]; the inverse of `repack_q6_k`."""
+    n, blocks = packed[0].shape[0] * ROWS, packed[2].shape[1]
+    q, pairs, supers = unpack_kquant(packed, n)
+    halves = (q & 15).view(n, blocks, 2, 2, 64)
+    low = halves[:, :, :, 0] | (halves[:, :, :, 1] << 4)
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    high = ((q >> 4).view(n, blocks, 2, 4, 32) << shifts).sum(3, dtype=torch.uint8)
+    parts = (low.flatten(2), high.flatten(2), pairs.reshape(n, blocks, -1).view(torch.uint8), _bytes(supers))
+    return torch.cat(parts, dim=-1).flatten(1)
+
+
+_WRITERS: dict[str, Callable[[list[Tensor]], Tensor]] = {
+    "w4g32": to_q4_0, "w4n32": to_q4_0, "w4m32": to_q4_1, "w8g32": to_q8_0,
+    "q4k": to_q4_k, "q5k": to_q5_k, "q6k": to_q6_k,
+}  # fmt: skip
+
+
+def _affine_super(packed: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Of q4k or q5k: integers uint8 [n, blocks, 8, 32], and what a block begins with, uint8 [n, blocks, 16]."""
+    n, blocks = packed[0].shape[0] * ROWS, packed[2].shape[1]
+    q, pairs, supers = unpack_kquant(packed, n)
+    s, m = pairs.view(n, blocks, SUPER, 2).unbind(-1)
+    first, last = slice(0, 4), slice(4, 8)
+    a, b = (part[..., first] | (part[..., last] >> 4 << 6) for part in (s, m))
+    c = (s[..., last] & 15) | ((m[..., last] & 15) << 4)
+    return q.view(n, blocks, SUPER, GROUP), torch.cat((_bytes(supers), a, b, c), dim=-1)
+
+
+def _two_groups(q: Tensor) -> Tensor:
+    """[n, blocks, 8, 32] in 0..15 -> [n, blocks, 4 * 32], two groups a byte."""
+    pairs = q.view(*q.shape[:2], 4, 2, GROUP)
+    return (pairs[:, :, :, 0] | (pairs[:, :, :, 1] << 4)).flatten(2)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    """fp16 [..., count] -> uint8 [..., 2 * count]."""
+    return x.flatten().view(torch.uint8).view(*x.shape[:-1], -1)
+
+
 def _blocks(scales: Tensor, rest: Tensor) -> Tensor:
     """fp16 [n, groups] before uint8 [n, groups, bytes], as rows."""
-    scale_bytes = scales.flatten().view(torch.uint8).view(*scales.shape, 2)
-    return torch.cat((scale_bytes, rest), dim=-1).view(scales.shape[0], -1)
+    return torch.cat((_bytes(scales[..., None]), rest), dim=-1).view(scales.shape[0], -1)
 
 
 def _q8_0(rows: Rows) -> tuple[Tensor, Noise]:
@@ -187,16 +284,27 @@ def _write_metadata(writer: GGUFWriter, source: Source, types: Mapping[str, Type
         writer.add_rope_scaling_factor(full["factor"])
     if config.final_logit_softcapping:
         writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    assert source.folder is not None
-    gguf_tokenizer.write(writer, source.folder, config)
+    if source.folder is not None:
+        gguf_tokenizer.write(writer, source.folder, config)
+    else:
+        assert source.gguf is not None
+        gguf_tokenizer.copy(writer, source.gguf)
 
 
 def _file_type(types: Mapping[str, Type]) -> LlamaFileType:
     kinds = set(types.values())
+    if Type.Q4_K in kinds:
+        return LlamaFileType.MOSTLY_Q4_K_M
+    if Type.Q5_K in kinds:
+        return LlamaFileType.MOSTLY_Q5_K_M
+    if Type.Q4_1 in kinds:
+        return LlamaFileType.MOSTLY_Q4_1
     if Type.IQ4_NL in kinds:
         return LlamaFileType.MOSTLY_IQ4_NL
     if Type.Q4_0 in kinds:
         return LlamaFileType.MOSTLY_Q4_0
+    if Type.Q6_K in kinds:
+        return LlamaFileType.MOSTLY_Q6_K
     if Type.Q8_0 in kinds:
         return LlamaFileType.MOSTLY_Q8_0
     return LlamaFileType.MOSTLY_BF16 if Type.BF16 in kinds else LlamaFileType.ALL_F32

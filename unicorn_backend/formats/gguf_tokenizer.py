@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFWriter, TokenType
+from gguf import GGUFReader, GGUFWriter, TokenType
 from transformers import AutoTokenizer
 
 from unicorn_backend.errors import CheckpointError
@@ -47,6 +47,14 @@ def write(writer: GGUFWriter, folder: Path, config: Any) -> None:
     template = folder / "chat_template.jinja"
     if template.exists():
         writer.add_chat_template(template.read_text(encoding="utf-8"))
+
+
+def copy(writer: GGUFWriter, source: Path) -> None:
+    """Add the tokenizer of another GGUF file, whatever its kind."""
+    for key, field in GGUFReader(source).fields.items():
+        if key.startswith("tokenizer."):
+            kind, *inner = field.types
+            writer.add_key_value(key, field.contents(), kind, inner[0] if inner else None)
 
 
 def _tokens(data: dict[str, Any], size: int) -> tuple[list[str], list[int]]:

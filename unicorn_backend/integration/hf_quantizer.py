@@ -93,6 +93,7 @@ class UnicornQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
+        self.quantization_config.recipe = self.recipe.fitted(model)
         self._jobs, _left = rewrite.plan(model, self.recipe, getattr(model, "all_tied_weights_keys", None))
         if not self.pre_quantized:
             self._by_name = {f"{name}.weight": job for job in self._jobs for name, _ in job.users}

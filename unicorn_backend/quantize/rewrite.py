@@ -104,7 +104,7 @@ def quantize(
 
 def resolve(model: nn.Module, recipe: str | Recipe, rules: Rules | None = None) -> Recipe:
     """The recipe with the overrides; a function is asked once per module and becomes plain rules."""
-    chosen = Recipe.named(recipe)
+    chosen = Recipe.named(recipe).fitted(model)
     if rules is None:
         return chosen
     if isinstance(rules, Mapping):

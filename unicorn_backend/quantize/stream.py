@@ -108,7 +108,7 @@ def quantize_checkpoint(
 
     src: a folder written by save_pretrained, a hub id, or "tiny".
     recipe, rules: as for `quantize`; a function in `rules` sees modules without weights.
-    format: "unicorn", "gguf" (Q4_0 and Q8_0) or "compressed-tensors".
+    format: "unicorn", "gguf" or "compressed-tensors".
     resume: go on with an interrupted run of the same arguments. overwrite: replace an existing folder.
     progress: show a bar; None shows one from 1 GB on.
 
