@@ -143,7 +143,33 @@ def _of_all(row: dict[str, Any], kind: str) -> str:
     return "" if taken + left == 0 else "yes" if left == 0 else f"{taken} of {taken + left}"
 
 
-KINDS = {"models": models, "peers": peers, "decode": decode, "quality": quality, "quantize": quantize}
+def speculation(result: dict[str, Any]) -> str:
+    """With and without drafts."""
+    header = ("", "plain tok/s", "with drafts tok/s", "ratio", "drafts accepted")
+    names = {"repetitive": "repeats its prompt, greedy", "fresh": "fresh text, temperature 1"}
+    rows = [
+        (
+            names[kind],
+            f"{row['plain_tok_s']:.0f}",
+            f"{row['speculative_tok_s']:.0f}",
+            f"{row['ratio']:.2f}x",
+            f"{row['accepted']} of {row['drafted']}",
+        )
+        for kind, row in ((kind, result[kind]) for kind in names)
+    ]
+    where = _machine(result["provenance"])
+    rounds = result["fresh"]["rounds"]
+    return f"{result['model']}; medians of {rounds} interleaved pairs. {where}.\n\n{table.markdown(header, rows)}"
+
+
+KINDS = {
+    "speculation": speculation,
+    "models": models,
+    "peers": peers,
+    "decode": decode,
+    "quality": quality,
+    "quantize": quantize,
+}
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Sliding-window cache layers without branches on the length, so that one graph serves every length.
+"""Cache layers without branches on the length, so that one graph serves every length; masks without vmap.
 
 transformers' sliding layers ask in Python whether the window is full, whether it fills on this
 update, and so on; Dynamo turns each answer into a guard and compiles again: 5 decode graphs
@@ -50,6 +50,7 @@ def install() -> bool:
     for layer in (full, sliding):
         _hook_crop(layer)
     _hook_mask_skip(masks)
+    _hook_mask_vmap(masks)
     generation: Any = sys.modules["transformers"].GenerationMixin
     generation.generate = wrap_generate(generation.generate)
     caches._unicorn_installed = True
@@ -163,6 +164,40 @@ def _hook_mask_skip(masks: Any) -> None:
         return False if local is not None else plain(*args, **kwargs)
 
     masks._ignore_causal_mask_sdpa = _ignore_causal_mask_sdpa
+
+
+def _hook_mask_vmap(masks: Any) -> None:
+    """Compiled masks of image tokens by broadcasting: a vmap cannot be traced to operators.
+
+    transformers has both forms, and vmaps whatever is not its own because a function may do more than index and
+    compare. Such a function gives a result of fewer than 4 dimensions for indices of 4; it stays vmapped.
+    """
+    if not all(hasattr(masks, name) for name in ("_vmap_expansion_sdpa", "_non_vmap_expansion_sdpa")):
+        return
+    plain, index = masks._vmap_expansion_sdpa, masks._non_vmap_expansion_sdpa
+
+    def broadcast(mask_function: Any) -> Any:
+        def mask(*aranges: Tensor) -> Tensor:
+            whole: Tensor = mask_function(*index(*aranges))
+            if whole.dim() != 4:
+                whole = plain(mask_function)(*aranges)
+            return whole.expand([positions.shape[0] for positions in aranges])
+
+        return mask
+
+    def _vmap_expansion_sdpa(mask_function: Any) -> Any:
+        return broadcast(mask_function) if torch.compiler.is_compiling() else plain(mask_function)
+
+    groups = torch.tensor([[-1, 0, 0, -1, 1], [0, 0, -1, 1, 1]])
+    window = masks.and_masks(masks.sliding_window_overlay(3), masks.causal_mask_function)
+    example = masks.or_masks(window, masks.blockwise_overlay(groups))
+    aranges = torch.arange(2), torch.arange(1), torch.arange(5), torch.arange(5)
+    with masks.TransformGetItemToIndex():
+        same = torch.equal(plain(example)(*aranges), broadcast(example)(*aranges))
+    if same:
+        masks._vmap_expansion_sdpa = _vmap_expansion_sdpa
+    else:
+        log.warning("transformers changed its masks: prompts with images run as plain torch")
 
 
 def _agrees(make_old: Any, make_new: Any) -> bool:
