@@ -7,6 +7,9 @@
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <atomic>
+#include <chrono>
+#include <mutex>
 #include <stdexcept>
 
 namespace unicorn {
@@ -74,6 +77,49 @@ const std::unordered_map<std::string, Binary>& integer_functions() {
 
 int64_t integer(const IValue& value) { return value.isBool() ? static_cast<int64_t>(value.toBool()) : value.toInt(); }
 
+// What `Program.trace(True)` turns on: the time of every call of our own ops, with what tells its size. Off, it costs
+// a run one load. Two reads of the clock take some 50 ns.
+class Trace {
+ public:
+  // (op, sizes of its first and of its second argument where these are tensors, ns)
+  using Event = std::tuple<std::string, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
+
+  static std::atomic<bool>& on() {
+    static std::atomic<bool> on{false};
+    return on;
+  }
+
+  static void call(const c10::OperatorHandle& op, Stack& stack) {
+    const std::string& name = op.operator_name().name;
+    if (name.rfind("unicorn::", 0) != 0) return op.callBoxed(stack);
+    const auto sizes = [&](size_t i) {
+      return i < stack.size() && stack[i].isTensor() ? stack[i].toTensor().sizes().vec() : std::vector<int64_t>();
+    };
+    Event event{name, sizes(0), sizes(1), 0};
+    const auto start = std::chrono::steady_clock::now();
+    op.callBoxed(stack);
+    const auto time = std::chrono::steady_clock::now() - start;
+    std::get<3>(event) = std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+    const std::lock_guard<std::mutex> lock(mutex());
+    events().push_back(std::move(event));
+  }
+
+  static std::vector<Event> take() {
+    const std::lock_guard<std::mutex> lock(mutex());
+    return std::exchange(events(), {});
+  }
+
+ private:
+  static std::mutex& mutex() {
+    static std::mutex mutex;
+    return mutex;
+  }
+  static std::vector<Event>& events() {
+    static std::vector<Event> events;
+    return events;
+  }
+};
+
 }  // namespace
 
 class Program : public torch::CustomClassHolder {
@@ -136,6 +182,10 @@ class Program : public torch::CustomClassHolder {
     }
   }
 
+  // Times the calls of all programs from here on, or no longer.
+  static void trace(bool on) { Trace::on() = on; }
+  static std::vector<Trace::Event> traced() { return Trace::take(); }
+
   static std::vector<std::string> functions() {
     std::vector<std::string> names;
     for (const auto& [name, function] : integer_functions()) names.push_back(name);
@@ -179,6 +229,7 @@ class Program : public torch::CustomClassHolder {
     std::vector<IValue> values(values_);
     for (int64_t i = 0; i < inputs_; ++i) values[i] = inputs.get(i);
     Stack stack;
+    const bool traced = Trace::on().load(std::memory_order_relaxed);
     for (const Step& step : steps_) {
       if (step.function != nullptr) {
         values[step.first] = step.function(integer(at(values, step.arguments[0].from[0])),
@@ -186,7 +237,7 @@ class Program : public torch::CustomClassHolder {
       } else {
         stack.clear();
         for (const Argument& argument : step.arguments) push(stack, values, argument);
-        step.op->callBoxed(stack);
+        traced ? Trace::call(*step.op, stack) : step.op->callBoxed(stack);
         for (int64_t i = 0; i < step.results; ++i) values[step.first + i] = std::move(stack[i]);
       }
       for (const int64_t dead : step.dead) values[dead] = IValue();
@@ -214,5 +265,7 @@ TORCH_LIBRARY_FRAGMENT(unicorn, m) {
       .def("drop", &unicorn::Program::drop)
       .def("outputs", &unicorn::Program::outputs)
       .def("run", &unicorn::Program::run)
+      .def_static("trace", &unicorn::Program::trace)
+      .def_static("traced", &unicorn::Program::traced)
       .def_static("functions", &unicorn::Program::functions);
 }

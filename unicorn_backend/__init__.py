@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from unicorn_backend.quantize.rewrite import quantization_report, quantize, restore
     from unicorn_backend.quantize.stream import quantize_checkpoint
     from unicorn_backend.quantize.verify import verify
+    from unicorn_backend.timing import timed
 
 _autoload.register()
 
@@ -48,6 +49,7 @@ _HOMES = {
     "quantize_checkpoint": "quantize.stream",
     "recipes": "quantize.recipe",
     "restore": "quantize.rewrite",
+    "timed": "timing",
     "verify": "quantize.verify",
 }
 
@@ -80,5 +82,6 @@ __all__ = [
     "quantize_checkpoint",
     "recipes",
     "restore",
+    "timed",
     "verify",
 ]

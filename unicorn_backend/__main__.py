@@ -28,12 +28,17 @@ from unicorn_backend.generation.conversation import Conversation
 from unicorn_backend.generation.engine import Engine, Result, Settings
 from unicorn_backend.generation.live import stream_answer
 from unicorn_backend.options import api_key as environment_api_key
+from unicorn_backend.partition import calibration
 from unicorn_backend.quantize import evaluate, stream
 from unicorn_backend.quantize import verify as verification
 from unicorn_backend.quantize.quality import WINDOW
+from unicorn_backend.timing import timed
 
 EXPLAIN_TOKENS = 8
 """`explain` runs one prompt of this length and one decode step, so that it shows both graphs."""
+
+MEASURED_STEPS = 16
+"""Tokens that `explain --measure` generates: a decode step's time is the median of so many."""
 
 app = typer.Typer(
     name="unicorn",
@@ -198,6 +203,19 @@ def doctor(as_json: AsJson = False) -> None:
 
 
 @app.command()
+def calibrate(as_json: AsJson = False) -> None:
+    """Measure what this machine takes for each kind of work, for placement and for what `explain` predicts.
+
+    Some 30 seconds; the machine should have nothing else to do. Kept in the cache directory for this CPU, number of
+    threads and version; running it again replaces it.
+
+    Examples: `unicorn calibrate`, `OMP_NUM_THREADS=4 unicorn calibrate --json`
+    """
+    result = calibration.calibrate()
+    typer.echo(json.dumps(result.to_dict(), indent=1) if as_json else str(result))
+
+
+@app.command()
 def download(
     model: Annotated[str, typer.Argument(help="Hub id.")],
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit.")] = None,
@@ -335,14 +353,29 @@ def verify(
 
 
 @app.command()
-def explain(model: Model = "tiny", recipe: Recipe = "default", as_json: AsJson = False) -> None:
-    """Show what the backend takes of a model, what it leaves to plain torch, and why.
+def explain(
+    model: Model = "tiny",
+    recipe: Recipe = "default",
+    measure: Annotated[
+        int, typer.Option("--measure", min=0, metavar="TOKENS", help="Also time the regions, after such a prompt.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what the backend takes of a model, where, for how long by prediction, and what it leaves and why.
 
-    Example: `unicorn explain -m google/gemma-3-4b-it`
+    Examples: `unicorn explain -m google/gemma-3-4b-it`, `unicorn explain -m gemma3-1b --measure 128`
     """
     compiled: Any = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
-    ids = models.sample_ids(EXPLAIN_TOKENS, model)
-    compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, do_sample=False)
+
+    def generate(tokens: int, new: int) -> None:
+        ids = models.sample_ids(tokens, model)
+        settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False}
+        compiled.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+    generate(EXPLAIN_TOKENS, 2)
+    if measure:
+        with timed(compiled):
+            generate(measure, MEASURED_STEPS)
     explanation = unicorn_backend.explain(compiled)
     typer.echo(explanation.to_json() if as_json else str(explanation))
 

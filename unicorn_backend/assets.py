@@ -37,6 +37,12 @@ def _force_isa(name: str) -> None:
     torch.ops.unicorn.set_isa(name)
 
 
+def isa() -> str:
+    """Name of the instruction set whose kernels run."""
+    load_native()
+    return str(torch.ops.unicorn.set_isa(forced_isa()))
+
+
 def embedded_model() -> Path:
     """Folder of the embedded tiny Gemma 3: config, tokenizer, safetensors."""
     return PACKAGE / "models" / "tiny-gemma3"

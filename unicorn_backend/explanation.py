@@ -5,17 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import count
+from statistics import median
 from typing import Any
 
 import torch
 from torch import nn
 
 from unicorn_backend.errors import UnicornError
-from unicorn_backend.plan import Left, Plan, Step
+from unicorn_backend.partition import calibration, cost
+from unicorn_backend.partition.cost import Rates
+from unicorn_backend.plan import Left, Measured, Plan, Step
 
+KEYS_FOLDED = 64  # attention over numbers of keys in the same multiple of this is one line
 PROBE_TOKENS = 4  # tokens of the forward pass that an uncompiled model is traced with
 
 
@@ -28,14 +31,24 @@ class Explanation:
     note: str = ""
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"model": self.model, "note": self.note, "plans": [dataclasses.asdict(p) for p in self.plans]}
-        )
+        rates = calibration.rates()
+        plans = []
+        for plan in self.plans:
+            data = dataclasses.asdict(plan)
+            for step, shown in zip(plan.steps, data["steps"], strict=True):
+                shown["predicted_us"] = {"cpu": cost.predict(plan, step, rates), **dict(step.predicted_us)}
+            data["measured"] = [dataclasses.asdict(found) for found in compare(plan, rates)]
+            plans.append(data)
+        about = {"source": rates.source, "threads": rates.threads}
+        return json.dumps({"model": self.model, "note": self.note, "rates": about, "plans": plans})
 
     def __str__(self) -> str:
+        rates = calibration.rates()
         lines = [f"{self.model}: {len(self.plans)} compiled graph(s)" + (f" ({self.note})" if self.note else "")]
         for plan in self.plans:
-            lines += ["", plan.summary(), *_table(plan.steps), *_devices(plan), *_left(plan)]
+            lines += ["", plan.summary(), *_table(plan, rates), *_devices(plan), *_left(plan), *_measured(plan, rates)]
+        if self.plans:
+            lines += ["", f"predicted us per call: {rates.source}, {rates.threads} threads"]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -90,17 +103,67 @@ def _trace(root: nn.Module, inputs: dict[str, Any]) -> list[Plan]:
     return plans
 
 
-def _table(steps: Iterable[Step]) -> list[str]:
+def _table(plan: Plan, rates: Rates) -> list[str]:
     """One line per distinct region; equal layers are folded with their count."""
     folded: Counter[tuple[str, ...]] = Counter()
     first: dict[tuple[str, ...], str] = {}
-    for step in steps:
-        key = (step.kind, step.op, step.device, " ".join(dict.fromkeys(step.schemes)), f"{step.weight_bytes / 1e6:.3f}")
+    for step in plan.steps:
+        scheme, us = " ".join(dict.fromkeys(step.schemes)), predicted_us(plan, step, rates)
+        key = (step.kind, step.op, step.device, scheme, f"{step.weight_bytes / 1e6:.3f}", _us(us))
         folded[key] += 1
         first.setdefault(key, step.where)
-    rows: list[tuple[str, ...]] = [("region", "op", "device", "scheme", "MB/call", "count", "first at")]
+    tokens, keys = plan.typical
+    at = f"us at {tokens}" + f", {keys} keys" * (tokens != keys)
+    rows: list[tuple[str, ...]] = [("region", "op", "device", "scheme", "MB/call", at, "count", "first at")]
     rows += [(*key, str(number), first[key]) for key, number in folded.items()]
     return _align(rows)
+
+
+def predicted_us(plan: Plan, step: Step, rates: Rates) -> float | None:
+    """us of one call of a step on the device that it was placed on, at the plan's typical size."""
+    placed = dict(step.predicted_us)
+    return placed[step.device] if step.device in placed else cost.predict(plan, step, rates)
+
+
+def _measured(plan: Plan, rates: Rates) -> list[str]:
+    """Beside each measured time what is predicted for exactly that size; equal layers are folded into their median."""
+    rows: list[tuple[str, ...]] = [("measured", "device", "tokens", "keys", "us", "predicted", "error", "count")]
+    for found in compare(plan, rates):
+        keys = str(found.keys) if found.keys else ""
+        error = f"{found.predicted_us / found.us - 1:+.0%}" if found.predicted_us else ""
+        counts = (_us(found.us), _us(found.predicted_us), error, str(found.count))
+        rows.append((found.kind, found.device, str(found.tokens), keys, *counts))
+    return _align(rows) if len(rows) > 1 else []
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A kind of region in calls of one size: what was measured (`timing.timed`), and predicted for that size."""
+
+    kind: str
+    device: str
+    tokens: int
+    keys: int
+    us: float  # median over the layers
+    predicted_us: float | None  # None where there is no prediction
+    count: int  # of layers
+
+
+def compare(plan: Plan, rates: Rates) -> list[Comparison]:
+    """What `timed` saw of a plan's regions, equal ones folded, in the order of the plan."""
+    folded: dict[tuple[Any, ...], list[Measured]] = {}
+    for found in plan.measured:
+        step = plan.steps[found.step]
+        near = found.keys // KEYS_FOLDED  # full and sliding layers see different numbers of keys
+        folded.setdefault((step.kind, step.device, step.schemes, step.weights, found.tokens, near), []).append(found)
+    result = []
+    for (kind, device, *_), group in folded.items():
+        step, tokens = plan.steps[group[0].step], group[0].tokens
+        keys, us = int(median(g.keys for g in group)), median(g.us for g in group)
+        on_cpu = device == "cpu" or tokens < step.least_tokens
+        predicted = cost.microseconds(step, tokens, keys, rates, cost.is_cached(plan)) if on_cpu else None
+        result.append(Comparison(kind, device if not on_cpu else "cpu", tokens, keys, us, predicted, len(group)))
+    return result
 
 
 def _devices(plan: Plan) -> list[str]:
@@ -122,6 +185,10 @@ def _left(plan: Plan) -> list[str]:
     for key, number in folded.items():
         lines.append(f"  left: {key[0]} x{number} (first {first[key].where}): {key[1]}")
     return lines
+
+
+def _us(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value < 100 else f"{value:.0f}"
 
 
 def _align(rows: list[tuple[str, ...]]) -> list[str]:

@@ -152,7 +152,7 @@ def provenance() -> dict[str, Any]:
     flags = set(info.get("flags", "").split())
     isa = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16")
     return {
-        "cpu": info.get("model name", platform.processor() or "unknown"),
+        "cpu": cpu_name(),
         "cpu_family_model": f"{info.get('cpu family', '?')}/{info.get('model', '?')}",
         "isa": [name for name in isa if name in flags],
         "virtual_machine": "hypervisor" in flags,
@@ -168,6 +168,10 @@ def provenance() -> dict[str, Any]:
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def cpu_name() -> str:
+    return _first_lines(Path("/proc/cpuinfo")).get("model name", platform.processor() or "unknown")
 
 
 def _first_lines(path: Path) -> dict[str, str]:

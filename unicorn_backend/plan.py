@@ -8,6 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+TYPICAL = 512
+"""Tokens of the prompt, and keys of the decode step, that predictions are printed for."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -20,6 +23,25 @@ class Step:
     schemes: tuple[str, ...]  # of its weights, in the order of the op's arguments
     weight_bytes: int  # packed bytes that one call reads
     reason: str = ""  # why this device: its chip and driver, or why the CPU; "" where there was no choice
+    weights: tuple[int, ...] = ()  # number of weights of each list, beside `schemes`
+    width: int = 0  # values per token that are quantized or written beside the products
+    tokens: int = 0  # per call where the graph fixes them (the head after a prompt: 1); 0: those of the plan
+    key_macs: int = 0  # attention: multiply-adds per query token and key
+    key_heads: int = 0  # attention: query heads
+    key_bytes: int = 0  # attention: bytes of K and V per key
+    least_tokens: int = 1  # tokens per call from which `device` runs it; shorter calls run on the CPU
+    predicted_us: tuple[tuple[str, float], ...] = ()  # (device, time) where there was a choice, at `Plan.typical`
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median time of one region in calls of one size."""
+
+    step: int  # index into `Plan.steps`
+    tokens: int  # per call, all sequences together
+    keys: int  # attention: of the median call; else 0
+    us: float
+    calls: int
 
 
 @dataclass(frozen=True)
@@ -41,9 +63,17 @@ class Plan:
     left: list[Left] = field(default_factory=list)
     torch_ops: dict[str, int] = field(default_factory=dict)  # plain torch ops that remain, by name
     note: str = ""  # why nothing was taken, if so
+    measured: list[Measured] = field(default_factory=list)  # what `timed` saw last
+
+    @property
+    def typical(self) -> tuple[int, int]:
+        """(tokens, keys) of the call that predictions are printed for."""
+        tokens = int(self.tokens) if self.tokens.isdigit() else TYPICAL
+        return tokens, max(tokens, TYPICAL)
 
     @property
     def weight_bytes(self) -> int:
+        """Packed bytes that one call reads."""
         return sum(step.weight_bytes for step in self.steps)
 
     def summary(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from unicorn_backend.graph.pattern import Reason, as_linear, aten, is_op, static, unicorn, value
-from unicorn_backend.layouts import scheme_of
+from unicorn_backend.layouts import GROUP, ROWS, scheme_of
 from unicorn_backend.plan import Left, Plan, Step
 
 # op -> (kind, positions of its weight lists)
@@ -22,6 +23,8 @@ OPS: dict[Any, tuple[str, tuple[int, ...]]] = {
     unicorn.embedding.default: ("embedding", (1,)),
     unicorn.rms_norm.default: ("norm", ()),
 }
+
+_BY_HEAD = (unicorn.int8_attention.default,)  # first argument [B, H, T, D]
 
 
 def describe(gm: GraphModule, names: dict[Node, str], reasons: Iterable[Reason], number: int) -> Plan:
@@ -51,7 +54,51 @@ def _step(node: Node, names: dict[Node, str]) -> Step:
     read = 0 if kind in ("embedding", "norm") else sum(_bytes(w) for weights in lists for w in weights)
     flat = [w for weights in lists for w in weights]
     op = str(node.target).removesuffix(".default").replace(".", "::")
-    return Step(kind, _where(flat, names, node), op, "cpu", schemes, read)
+    weights = tuple(0 if kind == "embedding" else math.prod(_size(packed)) for packed in lists) if schemes else ()
+    keys: dict[str, Any] = _key_costs(node) if kind == "attention" else {}
+    return Step(
+        kind,
+        _where(flat, names, node),
+        op,
+        "cpu",
+        schemes,
+        read,
+        weights=weights,
+        width=_width(node, kind, lists),
+        tokens=_fixed_tokens(node),
+        **keys,
+    )
+
+
+def _fixed_tokens(node: Node) -> int:
+    """Tokens of the node's first argument, 0 if they are known at run time only."""
+    rows = value(node.args[0]).shape
+    if node.target in _BY_HEAD:
+        rows = (rows[0], rows[2], rows[3])
+    dims = [static(size) for size in (rows if node.target is unicorn.embedding.default else rows[:-1])]
+    return 0 if None in dims else math.prod(d for d in dims if d is not None)
+
+
+def _width(node: Node, kind: str, lists: list[list[Node]]) -> int:
+    """Values per token that go in and come out: the inner ones of a feed-forward once."""
+    if kind in ("embedding", "norm"):
+        return int(static(value(node).shape[-1]) or 0)
+    sizes = [_size(weights) for weights in lists]
+    return sizes[0][1] + sum(n for n, _ in sizes) - (sizes[0][0] if kind == "ffn" else 0)
+
+
+def _size(weights: list[Node]) -> tuple[int, int]:
+    """(rows, columns) of a weight, the padding of tiles included."""
+    shape = value(weights[0]).shape
+    return (int(shape[0]), int(shape[1])) if len(weights) == 1 else (int(shape[0]) * ROWS, int(shape[1]) * GROUP)
+
+
+def _key_costs(node: Node) -> dict[str, int]:
+    q, k, v = (value(node.args[i]) for i in range(3))
+    heads, kv_heads = (int(static(tensor.shape[1]) or 0) for tensor in (q, k))
+    per_head = int(static(k.shape[3]) or 0) + int(static(v.shape[3]) or 0)
+    per_key = kv_heads * per_head * k.element_size()
+    return {"key_macs": heads * per_head, "key_heads": heads, "key_bytes": per_key}
 
 
 def scheme(weights: list[Node]) -> str:

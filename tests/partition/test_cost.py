@@ -1,0 +1,144 @@
+"""The cost model and what it is fed with: tables, phases, keeping a calibration, and what `explain` makes of both."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import unicorn_backend
+from tests.test_compile_cache import make  # the embedded model cut to two layers
+from unicorn_backend.__main__ import app
+from unicorn_backend.explanation import compare
+from unicorn_backend.partition import calibration, cost
+from unicorn_backend.partition.cost import Rates, interpolate, microseconds
+from unicorn_backend.plan import Measured, Plan, Step
+from unicorn_backend.timing import Event, assign
+
+RATES = Rates(
+    "by hand",
+    2,
+    values=1000.0,
+    gathered=2000.0,
+    read_gbps=10.0,
+    cold={"w8c": {1: 100.0, 8: 200.0, 16: 400.0}},
+    cached={"w8c": {1: 10.0, 8: 30.0}},
+    attention={1: 50.0, 8: 400.0},
+    softmax={1: 1000.0, 8: 8000.0},
+    cold_launch={"linear": 7.0, "attention": 9.0},
+    cached_launch={"linear": 1.0},
+)
+LINEAR = Step("linear", "l", "unicorn::linear", "cpu", ("w8c",), 1, weights=(2_000_000,), width=3000)
+
+
+def test_a_table_is_linear_between_its_points_and_proportional_beyond() -> None:
+    table = {1: 10.0, 4: 40.0, 8: 60.0}
+    assert [interpolate(table, t) for t in (1, 2, 4, 6, 8, 24)] == [10, 20, 40, 50, 60, 180]
+
+
+def test_a_product_is_launch_values_and_weights() -> None:
+    assert microseconds(LINEAR, 1, 0, RATES) == pytest.approx(7 + 3 + 200)
+    assert microseconds(LINEAR, 12, 0, RATES) == pytest.approx(7 + 36 + 2 * 300)
+    assert microseconds(LINEAR, 1, 0, RATES, cached=True) == pytest.approx(1 + 3 + 20)
+    assert microseconds(LINEAR, 16, 0, RATES, cached=True) == pytest.approx(1 + 48 + 800), "many tokens: cold table"
+    small = dataclasses.replace(LINEAR, weights=(100_000,), width=0)
+    assert microseconds(small, 1, 0, RATES) == pytest.approx(7 + 2 * 10), "one of two threads"
+    assert microseconds(dataclasses.replace(LINEAR, schemes=("float16",)), 1, 0, RATES) is None
+
+
+def test_attention_reads_keys_and_values() -> None:
+    step = Step("attention", "a", "", "cpu", (), 0, key_macs=2000, key_heads=4, key_bytes=1000)
+    assert microseconds(step, 1, 1000, RATES) == pytest.approx(9 + 1e-3 * (2000 * 50 + 4 * 1000))
+    assert microseconds(dataclasses.replace(step, key_bytes=10_000), 1, 1000, RATES) == pytest.approx(9 + 1000)
+    assert cost.seen_keys(1, 512) == 512 and cost.seen_keys(8, 512) == 508.5
+    assert cost.seen_keys(128, 128) == 128 and cost.seen_keys(512, 512) == 256.5 + 64
+
+
+def test_estimates_grow_with_threads_and_say_what_they_are() -> None:
+    one, two = (cost.estimate(threads, "avx2") for threads in (1, 2))
+    assert "calibrate" in one.source and one.estimated
+    for tokens in (1, 512):
+        slow, fast = (microseconds(LINEAR, tokens, 0, rates) for rates in (one, two))
+        assert slow is not None and fast is not None and fast < slow
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Calibrations that take a second, kept in an empty cache."""
+    measure = calibration.calibrate_cpu
+    monkeypatch.setattr(calibration, "POINT_S", 0.0)
+    monkeypatch.setattr(calibration, "TRACED_RUNS", 2)
+    monkeypatch.setattr(cost, "TOKENS", (1, 8, 16))
+    monkeypatch.setattr(calibration, "calibrate_cpu", lambda: measure(("w4g32", "w8c", "w8a"), 8 << 20))
+    monkeypatch.setenv("UNICORN_CACHE", "1")
+    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_calibration_is_kept_for_this_machine_and_replaced(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert calibration.rates().estimated
+    run = CliRunner().invoke(app, ["calibrate", "--json"], catch_exceptions=False)
+    found = json.loads(run.output)
+    (file,) = short.glob("calibration/cpu-*.json")
+    assert run.exit_code == 0 and found["files"] == {"cpu": str(file)}
+    rates = calibration.rates()
+    assert not rates.estimated and rates.threads == torch.get_num_threads()
+    assert set(rates.cold) == {"w4g32", "w8c", "w8a"} and set(rates.cold["w8c"]) == {1, 8, 16}
+    assert all(us > 0 for table in rates.cold.values() for us in table.values())
+    assert set(rates.cold_launch) == {"qkv", "attention", "ffn", "norm", "linear", "embedding"}
+    assert rates == Rates.of_json(found["devices"]["cpu"])
+    text = CliRunner().invoke(app, ["calibrate"]).output
+    assert "w4g32" in text and "memory read" in text and len(list(short.glob("calibration/*"))) == 1
+
+    stored = calibration.load("cpu", calibration.identity())
+    assert stored is not None and 0 <= stored.age_s < 600
+    assert calibration.load("cpu", {**calibration.identity(), "threads": 99}) is None
+    file.write_text("{")
+    assert calibration.rates().estimated, "a damaged file is as if there were none"
+    monkeypatch.setenv("UNICORN_CACHE", "0")
+    assert calibration.calibrate().files == {} and calibration.rates().estimated
+
+
+def test_times_go_to_the_plan_whose_ops_they_are() -> None:
+    decode, prompt = Plan(1, "1", [LINEAR, LINEAR]), Plan(2, "dynamic", [LINEAR, LINEAR])
+    ours, other = "unicorn::linear", "unicorn::rms_norm"
+    calls = [(ours, 9, 90.0), (ours, 1, 5.0), (other, 1, 1.0), (ours, 1, 1.0), (ours, 1, 2.0), (ours, 1, 3.0)]
+    calls += [(ours, 1, 4.0), (ours, 1, 7.0)]  # the last one starts a call that did not end
+    assign([decode, prompt], [Event(op, tokens, 0, us) for op, tokens, us in calls])
+    assert prompt.measured == [Measured(0, 9, 0, 90.0, 1), Measured(1, 1, 0, 5.0, 1)]
+    assert decode.measured == [Measured(0, 1, 0, 2.0, 2), Measured(1, 1, 0, 3.0, 2)]
+    (folded,) = compare(decode, RATES)
+    assert (folded.us, folded.count) == (2.5, 2) and folded.predicted_us == microseconds(LINEAR, 1, 0, RATES, True)
+
+
+def test_explain_shows_predicted_and_measured_times(sample_ids: torch.Tensor) -> None:
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(make(), backend="unicorn")
+    ids = sample_ids[:, :9]
+
+    def generate() -> None:
+        compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, min_new_tokens=4, do_sample=False)
+
+    generate()
+    before = str(unicorn_backend.explain(compiled))
+    assert "us at 512" in before and "estimated" in before and "measured  " not in before
+    with unicorn_backend.timed(compiled):
+        generate()
+    generate()  # not timed any more
+    explanation = unicorn_backend.explain(compiled)
+    assert "  measured   device  tokens  keys  us" in str(explanation)
+    shown = json.loads(explanation.to_json())
+    calls = {(m["kind"], m["tokens"]): m for plan in shown["plans"] for m in plan["measured"]}
+    assert {kind for kind, tokens in calls if tokens == 1} == {"embedding", "qkv", "attention", "ffn", "norm", "linear"}
+    assert ("ffn", 9) in calls and calls["attention", 9]["keys"] == 9 and 10 <= calls["attention", 1]["keys"] <= 12
+    assert all(m["us"] > 0 and m["predicted_us"] > 0 for m in calls.values())
+    steps = [step for plan in shown["plans"] for step in plan["steps"]]
+    head = next(step for step in steps if step["kind"] == "linear")
+    assert head["tokens"] == 1 and all(step["predicted_us"]["cpu"] > 0 for step in steps)
+    ffn = next(step for step in steps if step["kind"] == "ffn")
+    assert ffn["weights"] == [256 * 1024] * 3 and ffn["width"] == 256 + 1024 + 256
