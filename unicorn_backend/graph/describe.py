@@ -75,22 +75,14 @@ def _fixed_tokens(node: Node) -> int:
     rows = value(node.args[0]).shape
     if node.target in _BY_HEAD:
         rows = (rows[0], rows[2], rows[3])
-    dims = [static(size) for size in (rows if node.target is unicorn.embedding.default else rows[:-1])]
-    return 0 if None in dims else math.prod(d for d in dims if d is not None)
+    dims = [_constant(size) for size in (rows if node.target is unicorn.embedding.default else rows[:-1])]
+    return math.prod(dims)
 
 
-def _width(node: Node, kind: str, lists: list[list[Node]]) -> int:
-    """Values per token that go in and come out: the inner ones of a feed-forward once."""
-    if kind in ("embedding", "norm"):
-        return int(static(value(node).shape[-1]) or 0)
-    sizes = [_size(weights) for weights in lists]
-    return sizes[0][1] + sum(n for n, _ in sizes) - (sizes[0][0] if kind == "ffn" else 0)
-
-
-def _size(weights: list[Node]) -> tuple[int, int]:
-    """(rows, columns) of a weight, the padding of tiles included."""
-    shape = value(weights[0]).shape
-    return (int(shape[0]), int(shape[1])) if len(weights) == 1 else (int(shape[0]) * ROWS, int(shape[1]) * GROUP)
+def _constant(size: Any) -> int:
+    """A size that is fixed, or was 1 in the traced prompt (tokens whose logits are asked for); 0 where it varies."""
+    known = static(size)
+    return known if known is not None else int(size.node.hint == 1)
 
 
 def _key_costs(node: Node) -> dict[str, int]:
