@@ -85,6 +85,20 @@ def _constant(size: Any) -> int:
     return known if known is not None else int(size.node.hint == 1)
 
 
+def _width(node: Node, kind: str, lists: list[list[Node]]) -> int:
+    """Values per token that go in and come out: the inner ones of a feed-forward once."""
+    if kind in ("embedding", "norm"):
+        return int(static(value(node).shape[-1]) or 0)
+    sizes = [_size(weights) for weights in lists]
+    return sizes[0][1] + sum(n for n, _ in sizes) - (sizes[0][0] if kind == "ffn" else 0)
+
+
+def _size(weights: list[Node]) -> tuple[int, int]:
+    """(rows, columns) of a weight, the padding of tiles included."""
+    shape = value(weights[0]).shape
+    return (int(shape[0]), int(shape[1])) if len(weights) == 1 else (int(shape[0]) * ROWS, int(shape[1]) * GROUP)
+
+
 def _key_costs(node: Node) -> dict[str, int]:
     q, k, v = (value(node.args[i]) for i in range(3))
     heads, kv_heads = (int(static(tensor.shape[1]) or 0) for tensor in (q, k))
