@@ -285,7 +285,17 @@ class _Layer:
         x, query = torch.randn(1, 1, k).bfloat16(), torch.randn(1, self.heads, 1, d).bfloat16()
         keys, values = torch.randn(2, 1, 1, self.keys, d).bfloat16()
         norm = (torch.ones(k).bfloat16(), 1e-6, 0.0)
-        heads = (*torch.ones(2, d).bfloat16(), 1e-6, 0.0, *torch.ones(2, 1, 1, d).bfloat16(), self.heads, 1, d)
+        heads = (
+            *torch.ones(2, d).bfloat16(),
+            1e-6,
+            0.0,
+            *torch.ones(2, 1, 1, d).bfloat16(),
+            self.heads,
+            1,
+            d,
+            False,
+            False,
+        )
 
         def step(kind: str, scheme: str, *sizes: tuple[int, int], **more: Any) -> Step:
             width = sizes[0][1] + sum(n for n, _ in sizes[kind == "ffn" :])
