@@ -207,6 +207,13 @@ def test_quantize_with_rules(tmp_path: Path) -> None:
         call("quantize", "tiny", "-o", str(tmp_path / "other"), "--rule", "down_proj")
 
 
+def test_quantize_with_a_calibration_text(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(models.SAMPLE_TEXT.read_text(encoding="utf-8")[:3000], encoding="utf-8")
+    report = call_json("quantize", "tiny", "-o", str(tmp_path / "out"), "--calibration", str(tmp_path / "text"))
+    assert report["calibration"]["text"] == "text"
+    assert call_json("verify", str(tmp_path / "out"))["problems"] == []
+
+
 def test_eval_and_its_threshold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     (tmp_path / "text").write_text(models.SAMPLE_TEXT.read_text(encoding="utf-8")[:2500], encoding="utf-8")

@@ -263,6 +263,10 @@ def quantize(
         list[str] | None, typer.Option("--rule", metavar="REGEX=SCHEME", help="Scheme of matching modules; repeat.")
     ] = None,
     format: Annotated[str, typer.Option(help="unicorn, gguf or compressed-tensors.")] = "unicorn",
+    calibration: Annotated[
+        Path | None,
+        typer.Option(help="UTF-8 text to run SRC on: its activations weigh the errors. SRC must fit in RAM."),
+    ] = None,
     evaluation: Annotated[bool, typer.Option("--eval", help="Compare with SRC afterwards, into the report.")] = False,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text of --eval; a piece of WikiText-2 without.")] = None,
     min_top1: MinTop1 = 0.0,
@@ -282,6 +286,7 @@ def quantize(
         out,
         recipe,
         rules=_rules(rule or []),
+        calibration=calibration,
         format=format,
         resume=resume,
         overwrite=overwrite,

@@ -140,6 +140,12 @@ def _storages(module: torch.nn.Module) -> dict[int, int]:
     return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
 
+def available_memory() -> int:
+    """Bytes that can be had without swapping, by the kernel's estimate."""
+    fields = _first_lines(Path("/proc/meminfo"))
+    return int(fields["MemAvailable"].split()[0]) * 1024
+
+
 def last_level_cache_bytes() -> int:
     """Size of the largest cache of CPU 0, or 0 where the system does not say."""
     sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")

@@ -197,7 +197,13 @@ class CompressedTensorsOut:
         }
 
     def encode(
-        self, name: str, shape: tuple[int, ...], scheme: str, first: int, rows: Rows
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        scheme: str,
+        first: int,
+        rows: Rows,
+        importance: Tensor | None = None,
     ) -> tuple[list[Encoded], Noise]:
         if scheme == FLOAT:
             return copied(name, first, rows)
@@ -205,7 +211,8 @@ class CompressedTensorsOut:
         if scheme not in _BITS:
             assert isinstance(rows, Tensor)
             return copied(name, first * shape[1], rows.to(self._dtype))
-        q, scale, noise = self._quantized(rows, scheme, min(shape[0] - first, _count(rows)), shape[1])
+        packed = rows if isinstance(rows, list) else quantize_weight(rows, scheme, importance)
+        q, scale, noise = self._quantized(rows, packed, scheme, min(shape[0] - first, _count(rows)), shape[1])
         words = pack_words(q, _BITS[scheme])
         written = [
             (f"{name}_packed", first * words.shape[1] * 4, words),
@@ -213,9 +220,8 @@ class CompressedTensorsOut:
         ]
         return written if first else [*written, (f"{name}_shape", 0, torch.tensor(shape))], noise
 
-    def _quantized(self, rows: Rows, scheme: str, n: int, k: int) -> tuple[Tensor, Tensor, Noise]:
+    def _quantized(self, rows: Rows, packed: list[Tensor], scheme: str, n: int, k: int) -> tuple[Tensor, Tensor, Noise]:
         """(int8 [n, k], scales in the model's dtype [n, groups], noise): levels are taken for the rounded scales."""
-        packed = rows if isinstance(rows, list) else quantize_weight(rows, scheme)
         if scheme == "w4g32":
             q, s = unpack_w4g32(packed[0], packed[1], n, k)
         else:

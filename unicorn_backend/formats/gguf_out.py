@@ -88,7 +88,13 @@ class GgufOut:
         return {renamed: (torch.uint8, (*shape[:-1], shape[-1] // elements * size))}
 
     def encode(
-        self, name: str, shape: tuple[int, ...], scheme: str, first: int, rows: Rows
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        scheme: str,
+        first: int,
+        rows: Rows,
+        importance: Tensor | None = None,
     ) -> tuple[list[Encoded], Noise]:
         renamed = self._renamed(name)
         if scheme == FLOAT:
@@ -101,7 +107,7 @@ class GgufOut:
         elif scheme in ("w8c", "w8a") or kind != _TYPES[scheme]:
             data, noise = _q8_0(rows)
         else:
-            data, noise = _same_values(rows, scheme)
+            data, noise = _same_values(rows, scheme, importance)
         data = data[: shape[0] - first]
         return [(renamed, first * data.shape[1], data)], noise
 
@@ -139,9 +145,9 @@ def _type_of(scheme: str, shape: tuple[int, ...]) -> Type:
     return _NARROW[kind] if shape[1] % GGML_QUANT_SIZES[kind][0] else kind
 
 
-def _same_values(rows: Rows, scheme: str) -> tuple[Tensor, Noise]:
+def _same_values(rows: Rows, scheme: str, importance: Tensor | None) -> tuple[Tensor, Noise]:
     """Blocks with the values that the scheme gives."""
-    packed, noise = packed_with_noise(rows, scheme)
+    packed, noise = packed_with_noise(rows, scheme, importance)
     return _WRITERS[scheme](packed), noise
 
 

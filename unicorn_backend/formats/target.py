@@ -57,9 +57,18 @@ class Target(Protocol):
         """The tensors that stand for a stored tensor `name` of this dtype and shape."""
 
     def encode(
-        self, name: str, shape: tuple[int, ...], scheme: str, first: int, rows: Rows
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        scheme: str,
+        first: int,
+        rows: Rows,
+        importance: Tensor | None = None,
     ) -> tuple[list[Encoded], Noise]:
-        """The bytes of rows first, first + 1, ... of a weight (of elements, for scheme "float")."""
+        """The bytes of rows first, first + 1, ... of a weight (of elements, for scheme "float").
+
+        importance: fp32 [K], for the searches of scales.
+        """
 
     def layout(self, declared: Declared, shard_bytes: int) -> Layout:
         """The files."""
@@ -83,11 +92,17 @@ class Unicorn:
         return {key: (t.dtype, tuple(t.shape)) for key, t in zip(_buffers(name, scheme), empty, strict=True)}
 
     def encode(
-        self, name: str, shape: tuple[int, ...], scheme: str, first: int, rows: Rows
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        scheme: str,
+        first: int,
+        rows: Rows,
+        importance: Tensor | None = None,
     ) -> tuple[list[Encoded], Noise]:
         if scheme == FLOAT:
             return copied(name, first, rows)
-        packed, noise = packed_with_noise(rows, scheme)
+        packed, noise = packed_with_noise(rows, scheme, importance)
         tile = first // ROWS
         parts = zip(_buffers(name, scheme), PARTS[scheme], packed, strict=True)
         # What is not per tile (a codebook) is written once.
@@ -109,11 +124,11 @@ def copied(name: str, first: int, rows: Rows) -> tuple[list[Encoded], Noise]:
     return [(name, first * rows.element_size(), rows)], LOSSLESS
 
 
-def packed_with_noise(rows: Rows, scheme: str) -> tuple[list[Tensor], Noise]:
+def packed_with_noise(rows: Rows, scheme: str, importance: Tensor | None) -> tuple[list[Tensor], Noise]:
     """Rows in the packed form of `scheme`; rows that are packed already lose nothing."""
     if isinstance(rows, list):
         return rows, LOSSLESS
-    packed = quantize_weight(rows, scheme)
+    packed = quantize_weight(rows, scheme, importance)
     return packed, quantization_noise(rows, packed)
 
 

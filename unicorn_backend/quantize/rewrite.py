@@ -70,6 +70,7 @@ def quantize(
     model: nn.Module,
     recipe: str | Recipe = "default",
     *,
+    calibration: Tensor | None = None,
     keep_weights: bool = False,
     progress: bool | None = None,
     rules: Rules | None = None,
@@ -77,6 +78,7 @@ def quantize(
     """Quantize the weights of `model` in place, for inference, and return it.
 
     recipe: a name from `recipes()`, or a `Recipe`.
+    calibration: token ids int64 [B, T]; the float model runs on them, and what its columns get weighs their errors.
     keep_weights: keep the float weights too, for `restore` (costs their memory).
     progress: show a bar; None shows one from 1 GB on.
     rules: overrides, asked before the recipe: {regular expression on the module name: scheme, or None
@@ -92,12 +94,13 @@ def quantize(
     _check_weights(jobs)
     total = sum(job.weight.nbytes for job in jobs)
     hidden = total < PROGRESS_BYTES if progress is None else not progress
+    importance = _importance(model, calibration)
     queue = deque(sorted(jobs, key=lambda job: job.weight.nbytes))
     del jobs
     mapped = MappedFiles()
     with tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar:
         while queue:
-            bar.update(_run(queue.popleft(), mapped, keep_weights))
+            bar.update(_run(queue.popleft(), mapped, keep_weights, importance))
     _mark(model, chosen)
     return model
 
@@ -159,10 +162,17 @@ def _read_by_owner(model: nn.Module, name: str) -> bool:
     return bool(name) and child in weights_read(cls)
 
 
-def _run(job: Job, mapped: MappedFiles, keep: bool) -> int:
+def _importance(model: nn.Module, ids: Tensor | None) -> dict[str, Tensor]:
+    from unicorn_backend.quantize import calibration
+
+    return {} if ids is None else calibration.importance(model, ids)
+
+
+def _run(job: Job, mapped: MappedFiles, keep: bool, importance: Mapping[str, Tensor]) -> int:
     """Pack one weight, change its modules, let the float weight go. Returns the bytes of that."""
     size, storage = job.weight.nbytes, job.weight.untyped_storage()
-    packed = pack_weight(job.weight.detach(), job.scheme, job.users[0][0])
+    columns = next((importance[name] for name, _ in job.users if name in importance), None)
+    packed = pack_weight(job.weight.detach(), job.scheme, job.users[0][0], columns)
     for i, (_, module) in enumerate(job.users):
         pack_module(module, packed, keep=keep, owner=i == 0)
     del job.weight
@@ -170,10 +180,10 @@ def _run(job: Job, mapped: MappedFiles, keep: bool) -> int:
     return size
 
 
-def pack_weight(weight: Tensor, scheme: str, name: str) -> list[Tensor]:
+def pack_weight(weight: Tensor, scheme: str, name: str, importance: Tensor | None = None) -> list[Tensor]:
     """`quantize_weight` with errors that name the module."""
     try:
-        return quantize_weight(weight, scheme)
+        return quantize_weight(weight, scheme, importance)
     except ValueError as error:
         raise QuantizationError(_bad_weight(name, weight)) from error
 

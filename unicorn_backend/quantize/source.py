@@ -57,6 +57,11 @@ class Source:
         stored = ((name, tensor.scheme) for name, tensor in self.tensors.items())
         return {name.removesuffix(".weight"): scheme for name, scheme in stored if scheme is not None}
 
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes of the model in its dtype."""
+        return sum(tensor.numel for tensor in self.tensors.values()) * self.dtype.itemsize
+
     def config_dict(self) -> dict[str, Any]:
         """config.json."""
         if self.folder is not None:

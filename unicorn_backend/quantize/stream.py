@@ -8,11 +8,12 @@ the memory in use is a few blocks, whatever the size of the model.
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,10 @@ from unicorn_backend.formats.safetensors import StoredTensor
 from unicorn_backend.formats.target import Encoded, Noise, Rows, Target, Unicorn
 from unicorn_backend.layouts import ROWS
 from unicorn_backend.quantize import card, report, rewrite
+from unicorn_backend.quantize.calibration import from_text, of_job
 from unicorn_backend.quantize.output import Output
 from unicorn_backend.quantize.recipe import FLOAT, Recipe
-from unicorn_backend.quantize.schemes import ensure_kernels
+from unicorn_backend.quantize.schemes import SEARCHED, ensure_kernels
 from unicorn_backend.quantize.skeleton import Skeleton, skeleton
 from unicorn_backend.quantize.source import Source, open_source
 
@@ -44,12 +46,14 @@ class Piece:
 
     dtype: what `from_pretrained` would load it as, and what is packed or copied.
     exact: the stored values are taken over as they are, packed.
+    importance: of the columns, for the search of scales.
     """
 
     stored: StoredTensor
     dtype: torch.dtype
     scheme: str
     reason: str = ""
+    importance: Tensor | None = field(default=None, compare=False)
 
     @property
     def exact(self) -> bool:
@@ -98,6 +102,7 @@ def quantize_checkpoint(
     recipe: str | Recipe = "default",
     *,
     rules: rewrite.Rules | None = None,
+    calibration: str | Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
     format: str = "unicorn",
@@ -108,6 +113,8 @@ def quantize_checkpoint(
 
     src: a folder written by save_pretrained, a hub id, or "tiny".
     recipe, rules: as for `quantize`; a function in `rules` sees modules without weights.
+    calibration: a UTF-8 text; the float model runs on it (and must fit into the memory), and what its columns get
+        there weighs their errors.
     format: "unicorn", "gguf" or "compressed-tensors".
     resume: go on with an interrupted run of the same arguments. overwrite: replace an existing folder.
     progress: show a bar; None shows one from 1 GB on.
@@ -120,8 +127,10 @@ def quantize_checkpoint(
     model = skeleton(source.config, source.dtype, recipe, rules, kept=source.kept_schemes())
     target = _target(format, source, model)
     pieces = plan_pieces(source, model)
+    if calibration is not None:
+        pieces = _with_importance(pieces, model, from_text(source, type(model.model), calibration))
     declared = {name: what for piece in pieces for name, what in _outputs(piece, target).items()}
-    identity = _identity(source, model.recipe, target, shard_bytes)
+    identity = _identity(source, model.recipe, target, shard_bytes, calibration)
     layout = target.layout(declared, shard_bytes)
     with Output(Path(dst), layout, identity, resume=resume, overwrite=overwrite) as output:
         records = dict(output.done)
@@ -129,6 +138,7 @@ def quantize_checkpoint(
         for record in _run(todo, target, output, progress):
             records[record["name"]] = record
         result = report.build(source, model, target, [records[piece.stored.name] for piece in pieces], start)
+        result["calibration"] = identity["calibration"]
         target.write_beside(output.partial, source, model, {row["name"]: row["scheme"] for row in result["weights"]})
         card.write_card(output.partial, source, result)
         output.publish()
@@ -176,6 +186,20 @@ def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
             "or does config.json belong to another model?"
         )
     return _without_tied(pieces, owners, model)
+
+
+def _with_importance(pieces: list[Piece], model: Skeleton, found: Mapping[str, Tensor]) -> list[Piece]:
+    """The pieces with the importance of their columns; that of a tied head is its table's."""
+    tied = getattr(model.model, "all_tied_weights_keys", None) or {}
+    users: dict[str, list[str]] = {}
+    for name in model.schemes:
+        users.setdefault(tied.get(name, name), []).append(name.removesuffix(".weight"))
+    new = []
+    for piece in pieces:
+        name = model.parameter_of(piece.stored.name) or ""
+        wanted = piece.scheme in SEARCHED and not piece.exact
+        new.append(replace(piece, importance=of_job(found, users.get(name, ()))) if wanted else piece)
+    return new
 
 
 def _without_tied(pieces: list[Piece], owners: Mapping[str, StoredTensor], model: Skeleton) -> list[Piece]:
@@ -284,7 +308,7 @@ def _encode(target: Target, block: Block) -> tuple[list[Encoded], Noise]:
             if tensor.dtype in FLOATS and torch.ops.unicorn.count_nonfinite(tensor):
                 raise _not_finite(stored, first, rows)
     try:
-        return target.encode(stored.name, stored.shape, scheme, block.first, rows)
+        return target.encode(stored.name, stored.shape, scheme, block.first, rows, block.piece.importance)
     except ValueError as error:
         raise _not_finite(stored, first, rows) from error
 
@@ -316,7 +340,9 @@ def _write(
     return record
 
 
-def _identity(source: Source, recipe: Recipe, target: Target, shard_bytes: int) -> dict[str, Any]:
+def _identity(
+    source: Source, recipe: Recipe, target: Target, shard_bytes: int, calibration: str | Path | None
+) -> dict[str, Any]:
     """What an interrupted run must share with the one that continues it."""
     files = sorted({tensor.file for tensor in source.tensors.values()})
     states = {str(path): (path.stat().st_size, path.stat().st_mtime_ns) for path in files}
@@ -325,5 +351,10 @@ def _identity(source: Source, recipe: Recipe, target: Target, shard_bytes: int) 
         "recipe": recipe.to_dict(),
         "format": target.name,
         "shard_bytes": shard_bytes,
+        "calibration": calibration
+        and {
+            "text": Path(calibration).name,
+            "sha256": hashlib.sha256(Path(calibration).read_bytes()).hexdigest(),
+        },
         **report.versions(),
     }

@@ -1,0 +1,97 @@
+"""Importance of weight columns from a text: the mean square of the activation that meets each column.
+
+The error that a linear makes is, for weight errors without a pattern, the sum over the columns of the squared weight
+error times that mean square; so the searches of scales weight the squared errors with it. llama.cpp's imatrix is the
+same number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unicorn_backend import measure, models
+from unicorn_backend.errors import OptionError, QuantizationError
+from unicorn_backend.quantize.source import Source
+
+TOKENS = 16384  # at most; of the text's begin
+WINDOW = 512  # tokens per context
+SMALLEST = 1e-4  # of the mean: a column that the text never used still counts a little
+HEADROOM = 1_000_000_000  # bytes for activations and logits
+
+
+def importance(model: nn.Module, ids: Tensor, window: int = WINDOW) -> dict[str, Tensor]:
+    """{name of a linear: fp32 [K] of mean 1} over the tokens ids int64 [B, T], each row cut into windows.
+
+    model: a float causal language model. Linears that no token reaches (experts) are left out.
+    """
+    sums: dict[str, Tensor] = {}
+    handles = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(_adder(sums, name)))
+    try:
+        with torch.no_grad():
+            for row in ids:
+                for part in row.split(window):
+                    model(input_ids=part[None], use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _normalised(total, name) for name, total in sums.items() if total.any()}
+
+
+def from_text(source: Source, kind: Any, text: str | Path) -> dict[str, Tensor]:
+    """`importance` for a checkpoint, over the begin of a UTF-8 text file.
+
+    kind: the transformers class of the model, which names the linears. It runs in its own dtype.
+    Raises OptionError for a text that cannot be read or is too short, and QuantizationError where the model does not
+    fit into the memory.
+    """
+    ids = _ids(source, text)
+    needed, free = source.memory_bytes + HEADROOM, measure.available_memory()
+    if needed > free:
+        raise QuantizationError(
+            f"{source.place}: --calibration runs the model, which takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
+            "free. Calibrate on a machine with more memory, or quantize without"
+        )
+    if source.gguf is not None:
+        return importance(models.load(source.gguf), ids)
+    return importance(kind.from_pretrained(source.folder, dtype="auto").eval(), ids)
+
+
+def of_job(found: Mapping[str, Tensor] | None, users: Iterable[str]) -> Tensor | None:
+    """The importance for a weight with these users (a table's is that of its tied head)."""
+    return next((found[name] for name in users if name in found), None) if found else None
+
+
+def _ids(source: Source, text: str | Path) -> Tensor:
+    try:
+        content = Path(text).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise OptionError(f"--calibration: {text} is no readable UTF-8 text: {error}") from error
+    place = source.folder or source.gguf
+    assert place is not None
+    ids: Tensor = models.load_tokenizer(place)(content, return_tensors="pt").input_ids[:, :TOKENS]
+    if ids.shape[1] < WINDOW:
+        raise OptionError(f"--calibration: {text} has {ids.shape[1]} tokens; give at least {WINDOW}, better {TOKENS}")
+    return ids
+
+
+def _adder(sums: dict[str, Tensor], name: str) -> Any:
+    def add(module: nn.Linear, arguments: tuple[Tensor, ...]) -> None:
+        x = arguments[0].detach().reshape(-1, module.in_features).float()
+        sums[name] = sums.get(name, torch.zeros(module.in_features, dtype=torch.float64)) + x.square().sum(0).double()
+
+    return add
+
+
+def _normalised(total: Tensor, name: str) -> Tensor:
+    if not torch.isfinite(total).all():
+        raise QuantizationError(f"{name}: its activations overflow on the calibration text; is the model damaged?")
+    shares = (total / total.mean()).clamp_min(SMALLEST)
+    return (shares / shares.mean()).float()
