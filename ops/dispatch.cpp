@@ -53,9 +53,9 @@ std::atomic<const Kernels*>& chosen() {
 
 #if defined(__x86_64__)
 const Prefetch prefetch =
-    (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? Prefetch{3072, false} : Prefetch{4096, true};
+    (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? Prefetch{0, 1024, 3072} : Prefetch{4096, 4096, 0};
 #else
-const Prefetch prefetch = {4096, true};
+const Prefetch prefetch = {4096, 4096, 0};
 #endif
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }

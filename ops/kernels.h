@@ -124,8 +124,7 @@ struct Kernels {
 
 // How weights are prefetched: depends on the CPU, see impl/matmul.inl.
 struct Prefetch {
-  int64_t ahead;  // bytes
-  bool to_l1;     // else only into L2
+  int64_t near, near8, far;  // bytes ahead: into L1, into L1 for groups of 8 bits, into L2
 };
 extern const Prefetch prefetch;
 

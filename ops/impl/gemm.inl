@@ -156,22 +156,74 @@ INLINE void multiply(const Tile& tile, const Activations& a, Range tokens, float
     m += multiply(tile.w, tile.index, a, m, out + (m - tokens.begin) * kRows);
 }
 
+// 64 bytes to memory without the cache: `to` is aligned. A store that misses L2 while weights stream by costs as much
+// as reading four or five lines; 8 tokens times 4-bit weights ran at 20.6 GB/s with plain stores, 23.5 with these, 24.5
+// with none (two Sapphire Rapids cores).
+INLINE void stream_line(void* to, const void* from) {
+#if defined(__AVX512F__)
+  _mm512_stream_si512(static_cast<__m512i*>(to), _mm512_load_si512(from));
+#elif defined(__AVX2__)
+  for (int i = 0; i < 4; ++i) {
+    _mm_stream_si128(static_cast<__m128i*>(to) + i, _mm_load_si128(static_cast<const __m128i*>(from) + i));
+  }
+#else
+  __builtin_memcpy(to, from, 64);
+#endif
+}
+
+INLINE void stream_end() {
+#if defined(__AVX2__)
+  _mm_sfence();
+#endif
+}
+
+// Elements [index, index + 32), of which `count` exist; past the caches where `past` and whole lines are filled.
+INLINE void store32(const Out& out, int64_t index, vf x, vf y, int64_t count, bool past) {
+  const int64_t size = out.dtype == DType::f32 ? 4 : 2;
+  auto* to = static_cast<uint8_t*>(out.data) + index * size;
+  if (!past || count < 2 * kRows || reinterpret_cast<uintptr_t>(to) % 64 != 0) {
+    store16(out, index, x, count);
+    if (count > kRows) store16(out, index + kRows, y, count - kRows);
+    return;
+  }
+  alignas(64) uint8_t lines[128];
+  const Out local{lines, out.dtype};
+  store16(local, 0, x, kRows);
+  store16(local, kRows, y, kRows);
+  stream_line(to, lines);
+  if (size == 4) stream_line(to + 64, lines + 64);
+}
+
 void linear(const LinearArgs& p, Range tiles) {
   alignas(64) float y[kMostTokens * 2 * kRows];
   const int64_t chunk = chunk_tokens(p.a);
+  const bool past = p.a.rows <= kBlock;
   for (int64_t begin = 0; begin < p.a.rows; begin += chunk) {
     const Range tokens{begin, begin + chunk < p.a.rows ? begin + chunk : p.a.rows};
-    for (int64_t tile = tiles.begin, count; tile < tiles.end; tile += count) {
-      count = tile + 1 < tiles.end && multiply_two({p.w, tile}, {p.w, tile + 1}, p.a, tokens, y) ? 2 : 1;
-      if (count == 1) multiply({p.w, tile}, p.a, tokens, y);
-      for (int64_t m = tokens.begin; m < tokens.end; ++m) {
-        for (int64_t row = tile * kRows; row < (tile + count) * kRows; row += kRows) {
-          const float* from = y + (m - begin) * count * kRows + row - tile * kRows;
-          store16(p.out, m * p.stride + row, with_bias(from, p.bias, row, p.w.n), p.w.n - row);
+    const int64_t count = tokens.end - tokens.begin;
+    for (int64_t tile = tiles.begin, done; tile < tiles.end; tile += done) {
+      done = tile % 2 == 0 && tile + 1 < tiles.end ? 2 : 1;
+      int64_t step = 2 * kRows, other = kRows;  // from token to token, and from tile to tile
+      if (done == 1 || !multiply_two({p.w, tile}, {p.w, tile + 1}, p.a, tokens, y)) {
+        step = kRows;
+        other = count * kRows;
+        multiply({p.w, tile}, p.a, tokens, y);
+        if (done == 2) multiply({p.w, tile + 1}, p.a, tokens, y + other);
+      }
+      const int64_t row = tile * kRows;
+      for (int64_t t = 0; t < count; ++t) {
+        const float* from = y + t * step;
+        const int64_t index = (begin + t) * p.stride + row;
+        const vf first = with_bias(from, p.bias, row, p.w.n);
+        if (done == 1) {
+          store16(p.out, index, first, p.w.n - row);
+        } else {
+          store32(p.out, index, first, with_bias(from + other, p.bias, row + kRows, p.w.n), p.w.n - row, past);
         }
       }
     }
   }
+  if (past) stream_end();
 }
 
 // act(gate) * up for 32 rows of both weights and some tokens: one group of the next activations.
