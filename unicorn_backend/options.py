@@ -67,9 +67,10 @@ class Options:
 
     recipe: name of a quantization recipe (`unicorn_backend.recipes()` lists them), or None: the
         `default` recipe for language models, nothing for any other module.
-    devices: devices that may be used. A region goes to the first of them beside "cpu" that takes it, all the rest
-        to the CPU, which is always there. "vulkan:1", "vulkan:780M" and "vulkan:<UUID>" name one of several.
-    policy: what placement optimises.
+    devices: devices that may be used beside the CPU, which is always there. "vulkan:1", "vulkan:780M" and
+        "vulkan:<UUID>" name one of several.
+    policy: "speed" and "power" place by predicted times, "fixed" gives a region to the first device that takes it
+        (`partition/place.py`).
     strict: raise `StrictModeError` where something would be left to plain torch with a reason.
     keep_weights: keep the original float weights, so that `unicorn_backend.restore(model)` can
         put them back (costs their memory).

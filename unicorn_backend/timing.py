@@ -18,7 +18,11 @@ from typing import Any
 import torch
 
 from unicorn_backend.assets import load_native
+from unicorn_backend.graph import describe
 from unicorn_backend.plan import Measured, Plan
+from unicorn_backend.runtime.placed import tokens_of
+
+OPS = {op._schema.name.removeprefix("unicorn::") for op in describe.OPS}
 
 
 @dataclass(frozen=True)
@@ -91,17 +95,7 @@ def _starts(plan: Plan, events: Sequence[Event], at: int) -> bool:
 def _event(op: str, first: list[int], second: list[int], ns: int) -> Event | None:
     """None for an op that is no step of a plan."""
     name = op.removeprefix("unicorn::").removeprefix("placed_")
-    if name not in _TOKENS:
+    if name not in OPS:
         return None
-    return Event(f"unicorn::{name}", _TOKENS[name](first), second[2] if name == "int8_attention" else 0, ns / 1e3)
-
-
-# op -> tokens per call, from the shape of its first argument
-_TOKENS: dict[str, Any] = {
-    "int8_attention": lambda q: q[0] * q[2],
-    "int8_qkv": lambda x: math.prod(x[:-1]),
-    "int4_ffn": lambda x: math.prod(x[:-1]),
-    "linear": lambda x: math.prod(x[:-1]),
-    "rms_norm": lambda x: math.prod(x[:-1]),
-    "embedding": math.prod,
-}
+    tokens = math.prod(first) if name == "embedding" else tokens_of(name, first)
+    return Event(f"unicorn::{name}", tokens, second[2] if name == "int8_attention" else 0, ns / 1e3)

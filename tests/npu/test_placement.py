@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from unicorn_backend.plan import Step
+from unicorn_backend.partition.cost import Rates, estimate
+from unicorn_backend.partition.place import Offer, offer
+from unicorn_backend.plan import Plan, Step
 from unicorn_backend.runtime.device import Work
 from unicorn_backend.runtime.npu import cost
 from unicorn_backend.runtime.npu.device import NpuDevice, target_of
@@ -19,29 +22,45 @@ def device(name: str, root: Path, emulated: bool = False) -> NpuDevice:
     return NpuDevice(xrt, root, emulated)
 
 
-def work(tokens: str, op: str = "int8_attention", policy: str = "speed", **changes: Any) -> Work:
-    step = Step("attention", "layer", f"unicorn::{op}", "cpu", changes.get("schemes", ("w8c",)), 0)
-    return Work(step, tokens, changes.get("constants", {"softcap": 0.0}), changes.get("whole", True), policy)
+CPU = estimate(8, "avx512vnni")
+
+
+def work(op: str = "int8_attention", **changes: Any) -> Work:
+    """The attention region of a layer of Gemma 3 4B."""
+    costs = {"key_macs": 2 * 8 * 256, "key_heads": 8, "key_bytes": 2 * 4 * 256 * 2}
+    schemes = changes.get("schemes", ("w8c",))
+    step = Step(
+        "attention", "layer", f"unicorn::{op}", "cpu", schemes, 0, weights=(2560 * 2048,) * len(schemes), **costs
+    )
+    return Work(step, changes.get("constants", {"softcap": 0.0}), changes.get("whole", True))
+
+
+def placed(npu: NpuDevice, tokens: str, policy: str = "speed", cpu: Rates = CPU) -> Offer:
+    return offer("npu", npu, work(), Plan(1, tokens), policy, cpu, {"npu": math.inf})
 
 
 def test_decode_stays_long_prompts_go(tmp_path: Path) -> None:
-    """XDNA 2: from 256 tokens. XDNA 1: only where the caller asks for power. Decode: never."""
+    """XDNA 2: prompts. XDNA 1: not beside a fast CPU, but for power. Decode: never."""
     first, second = device("RyzenAI-npu1", tmp_path), device("RyzenAI-npu4", tmp_path)
-    for policy in ("speed", "power"):
-        assert "1 tokens per call" in second.refuses(work("1", policy=policy))
-    assert second.refuses(work("512")) == "" and second.refuses(work("dynamic")) == ""
-    assert "128 tokens per call; it takes 256" in second.refuses(work("128"))
-    assert "not measured" in first.refuses(work("2048")) and "policy='power'" in first.refuses(work("2048"))
-    assert first.refuses(work("512", policy="power")) == ""
-    assert device("RyzenAI-npu1", tmp_path, emulated=True).refuses(work("2")) == ""
+    for policy in ("speed", "power", "fixed"):
+        assert "1 tokens per call; it takes 32" in placed(second, "1", policy).reason
+    speed, power = placed(second, "dynamic"), placed(second, "dynamic", "power")
+    assert speed.device is second and power.device is second and 32 <= power.least < speed.least <= 512
+    assert f"from {speed.least} tokens on" in speed.reason and "not measured" in speed.reason
+    fast = estimate(16, "avx512vnni")
+    slow = placed(first, "dynamic", cpu=fast)
+    assert slow.device is None and "ms: " in slow.reason and slow.us is not None
+    assert placed(first, "512", "power", fast).device is first and placed(first, "512", "fixed").device is first
+    emulated = placed(device("RyzenAI-npu1", tmp_path, emulated=True), "dynamic")
+    assert emulated.device is not None and emulated.least == 2
 
 
 def test_what_it_has_no_kernel_for(tmp_path: Path) -> None:
     npu = device("RyzenAI-npu4", tmp_path)
-    assert "has kernels for" in npu.refuses(work("512", op="int4_ffn"))
-    assert "row ranges" in npu.refuses(work("512", whole=False))
-    assert "w4g32" in npu.refuses(work("512", schemes=("w4g32",)))
-    assert "softcap" in npu.refuses(work("512", constants={"softcap": 50.0}))
+    assert "has kernels for" in npu.refuses(work(op="int4_ffn"))
+    assert "row ranges" in npu.refuses(work(whole=False))
+    assert "w4g32" in npu.refuses(work(schemes=("w4g32",)))
+    assert "softcap" in npu.refuses(work(constants={"softcap": 50.0}))
 
 
 def test_measured_figures_replace_the_estimates(tmp_path: Path) -> None:
@@ -52,7 +71,7 @@ def test_measured_figures_replace_the_estimates(tmp_path: Path) -> None:
     npu.calibrate({"gemm_i8": 40.0, "attention_i8": 12.0})
     again = device("RyzenAI-npu1", tmp_path)
     assert (again.rates.gemm_tops, again.rates.source) == (40.0, "measured on this machine")
-    assert again.refuses(work("512")) == ""
+    assert placed(again, "512").device is again
     assert device("RyzenAI-npu4", tmp_path).rates == cost.ESTIMATES["npu2"]
     emulated = device("RyzenAI-npu4", tmp_path, emulated=True)
     emulated.calibrate({"gemm_i8": 1.0, "attention_i8": 1.0})

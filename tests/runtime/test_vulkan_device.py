@@ -18,6 +18,10 @@ from tests.runtime import drivers
 from tests.runtime.test_vulkan_ffn import arguments, run
 from tests.test_compile_cache import make  # the embedded model cut to two layers
 from unicorn_backend import runtime
+from unicorn_backend.partition import calibration
+from unicorn_backend.partition.cost import ESTIMATED
+from unicorn_backend.plan import Step
+from unicorn_backend.runtime.device import Work
 
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
@@ -65,7 +69,9 @@ def test_generate_and_a_device_that_is_lost_meanwhile(
         plain(self, *args, **kwargs)
 
     monkeypatch.setattr(LogicalDevice, "run", submit)
-    assert tokens(devices=["cpu", "vulkan:llvmpipe"]) == want
+    assert tokens(devices=["cpu", "vulkan:llvmpipe"]) == want and not submits
+    assert "policy='fixed'" in str(unicorn_backend.explain(model)), "a software driver is never preferred"
+    assert tokens(devices=["cpu", "vulkan:llvmpipe"], policy="fixed") == want
     assert len(submits) == 2 * NEW["max_new_tokens"], "one submit per layer and token"
     steps = [s for plan in unicorn_backend.explain(model).plans[-2:] for s in plan.steps]
     assert {s.device for s in steps if s.kind == "ffn"} == {"vulkan:llvmpipe"}
@@ -100,7 +106,7 @@ def test_swiglu_through_torch_compile_on_swiftshader() -> None:
     module = SwiGlu().eval()
     with torch.no_grad():
         compiled = torch.compile(
-            module, backend="unicorn", options={"recipe": "default", "devices": ["vulkan:SwiftShader"]}
+            module, backend="unicorn", options={"recipe": "default", "devices": "vulkan:SwiftShader", "policy": "fixed"}
         )
         for tokens in (1, 5, 67):
             x = torch.randn(tokens, 96)
@@ -291,3 +297,23 @@ def test_without_the_package_or_a_loader(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.delattr(vulkan, "api", raising=False)
     monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
     assert "apt install libvulkan1" in str(vulkan.open_device(""))
+
+
+def test_a_calibration_measures_feed_forwards_and_predicts_from_them(
+    device: Any, physical: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Small sizes on a software driver, which `unicorn calibrate` itself leaves out."""
+    from unicorn_backend.runtime.vulkan import cost
+
+    monkeypatch.setenv("UNICORN_CACHE", "1")
+    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path))
+    guess = cost.rates(physical)
+    assert guess.source == ESTIMATED
+    measured = cost.calibrate(device, (1, 8, 16), 64, 128, 1 << 16)
+    assert not isinstance(measured, str) and measured.submit_us > 0 and set(measured.weights) == {1, 8, 16}
+    assert calibration.store("vulkan", cost.identity(physical), 1.0, measured) is not None
+    assert cost.rates(physical) == measured
+    step = Step("ffn", "", "", device.name, ("w4g32",) * 3, 0, weights=(1_000_000,) * 3)
+    us, source = device.predict(Work(step, {}, True), 8, 0)
+    assert us == pytest.approx(measured.submit_us + 3 * measured.weights[8]) and "measured" in source
+    assert "never preferred" in calibration._calibrate_vulkan("vulkan:0", physical)

@@ -8,9 +8,11 @@ folder, the hash over what the rates depend on.
 from __future__ import annotations
 
 import calendar
+import ctypes.util
 import dataclasses
 import functools
 import hashlib
+import importlib.util
 import json
 import statistics
 import time
@@ -29,6 +31,7 @@ from unicorn_backend.options import cache_folder
 from unicorn_backend.partition import cost
 from unicorn_backend.partition.cost import Rates, Table
 from unicorn_backend.plan import Step
+from unicorn_backend.runtime import open_device
 from unicorn_backend.table import text as text_table
 
 SCHEMA = 1
@@ -118,6 +121,11 @@ class Result:
             f"cpu, {cpu['threads']} threads: memory read {cpu['read_gbps']:.1f} GB/s; "
             f"us beside the weights: {launches}",
             text_table(header, rows),
+            *(
+                f"{name}: submit {found['submit_us']:.0f} us"
+                for name, found in self.devices.items()
+                if "submit_us" in found
+            ),
             *(f"{name}: {found['skipped']}" for name, found in self.devices.items() if "skipped" in found),
             *(f"{name}: kept in {path}" for name, path in self.files.items()),
         ]
@@ -127,10 +135,47 @@ class Result:
 def calibrate() -> Result:
     """Measure the devices of this machine and keep the result (not with UNICORN_CACHE=0)."""
     start = time.perf_counter()
-    found = calibrate_cpu()
-    seconds = time.perf_counter() - start
-    path = store("cpu", identity(), seconds, found)
-    return Result(seconds, {"cpu": dataclasses.asdict(found)}, {"cpu": str(path)} if path is not None else {})
+    cpu = calibrate_cpu()
+    devices: dict[str, Any] = {"cpu": dataclasses.asdict(cpu)}
+    path = store("cpu", identity(), time.perf_counter() - start, cpu)
+    files = {"cpu": str(path)} if path is not None else {}
+    for name, physical in _vulkan_devices().items():
+        begun = time.perf_counter()
+        found = _calibrate_vulkan(name, physical)
+        devices[name] = {"skipped": found} if isinstance(found, str) else dataclasses.asdict(found)
+        if not isinstance(found, str):
+            from unicorn_backend.runtime.vulkan import cost as vulkan_cost
+
+            path = store("vulkan", vulkan_cost.identity(physical), time.perf_counter() - begun, found)
+            files |= {name: str(path)} if path is not None else {}
+    npu = open_device("npu")
+    note = "its kernels are timed by their self-tests, at the first prompt that they run (docs/npu.md)"
+    devices["npu"] = {"skipped": npu if isinstance(npu, str) else note}
+    return Result(time.perf_counter() - start, devices, files)
+
+
+def _vulkan_devices() -> dict[str, Any]:
+    """Name -> PhysicalDevice, where there is a binding and a loader."""
+    if importlib.util.find_spec("vulkan") is None or ctypes.util.find_library("vulkan") is None:
+        return {}
+    from unicorn_backend.runtime.vulkan import api, physical
+
+    try:
+        return {f"vulkan:{number}": device for number, device in enumerate(physical.devices())}
+    except api.VulkanError:  # no driver that works: doctor says more
+        return {}
+
+
+def _calibrate_vulkan(name: str, physical: Any) -> Any:
+    """Its rates, or why there are none."""
+    if physical.kind == "software":
+        return f"{physical.label}: nothing to measure, it is never preferred to the CPU's kernels"
+    device = open_device(name)
+    if isinstance(device, str):
+        return device
+    from unicorn_backend.runtime.vulkan import cost as vulkan_cost
+
+    return vulkan_cost.calibrate(device)
 
 
 # ---- keeping -------------------------------------------------------------------------------------------------------

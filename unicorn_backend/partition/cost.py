@@ -124,8 +124,8 @@ def _rate(rates: Rates, scheme: str, tokens: int, cached: bool) -> float | None:
 # ---- without a calibration -----------------------------------------------------------------------------------------
 
 # Multiply-adds per second and thread, in 1e9: some two thirds of the units' peak at 4 GHz.
-MACS_PER_THREAD = {"avx512vnni": 150.0, "avx2": 50.0, "portable": 2.0}
-FLOAT_MACS_PER_THREAD = 30.0  # bf16 and fp32 products of torch
+MACS_PER_THREAD = {"avx512vnni": 175.0, "avx2": 60.0, "portable": 2.0}
+FLOAT_MACS_PER_THREAD = {"avx512vnni": 60.0, "avx2": 30.0, "portable": 2.0}  # attention; float weights
 READ_GBPS, READ_GBPS_PER_THREAD = 45.0, 15.0  # dual-channel DDR5; what one core of it can read
 
 
@@ -135,14 +135,14 @@ def estimate(threads: int = 0, isa: str = "") -> Rates:
     threads = threads or torch.get_num_threads()
     isa = isa or assets.isa()
     read = min(READ_GBPS, READ_GBPS_PER_THREAD * threads)
-    macs = MACS_PER_THREAD.get(isa, MACS_PER_THREAD["portable"]) * threads
+    macs, floats = (rate.get(isa, rate["portable"]) * threads for rate in (MACS_PER_THREAD, FLOAT_MACS_PER_THREAD))
     sizes = {scheme: packed_bytes(512, 512, scheme) / 512**2 for scheme in SCHEMES} | {"bfloat16": 2.0, "float32": 4.0}
 
     def table(scheme: str, gbps: float) -> Table:
-        rate = macs if scheme in SCHEMES else FLOAT_MACS_PER_THREAD * threads
+        rate = macs if scheme in SCHEMES else floats
         return {t: max(1e3 * sizes[scheme] / gbps, 1e3 * t / rate) for t in TOKENS}
 
-    attention = {t: 1e3 * t / (FLOAT_MACS_PER_THREAD * threads) for t in TOKENS}
+    attention = {t: 1e3 * t / floats for t in TOKENS}
     cold = {scheme: table(scheme, read) for scheme in sizes}
     softmax = {t: 1e3 * t / threads for t in TOKENS}
     launch = {"norm": 10.0, "embedding": 20.0, "linear": 20.0, "qkv": 25.0, "attention": 35.0, "ffn": 25.0}

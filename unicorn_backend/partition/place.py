@@ -7,49 +7,125 @@ devices that it has.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
 from unicorn_backend.graph.describe import OPS
 from unicorn_backend.options import Options
+from unicorn_backend.partition import calibration, cost
+from unicorn_backend.partition.cost import Rates
 from unicorn_backend.plan import Plan, Step
 from unicorn_backend.runtime import open_device, placed
 from unicorn_backend.runtime.device import Device, Work
+from unicorn_backend.table import size
+
+# A device gets a region where its predicted time is below this times the CPU's. Predictions are some 20 % off, so a
+# gain must be larger to be one; for "power", a device that takes up to twice as long still takes less energy.
+MARGINS = {"speed": 0.8, "power": 2.0}
+PROMPTS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 
 
 def place(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, list[placed.Site]]:
     """`gm` with placed calls in it, and their sites, for the caller to keep; `gm` itself if there are none.
 
-    `plan`: what `describe` read off `gm`; its steps get their device and reason. `gm` is not changed. A region goes
-    to the first of `options.devices` beside the CPU that takes it.
+    `plan`: what `describe` read off `gm`; its steps get their device and reason. `gm` is not changed. Under policy
+    "speed" and "power" predictions decide (`MARGINS`), under "fixed" a region goes to the first device that takes it.
+    Layers fill a device in their order; what its memory does not hold any more stays on the CPU.
     """
     names = [name for name in options.devices if name != "cpu"]
     if not names:
         return gm, []
     devices = {name: open_device(name) for name in names}
+    rooms = {name: _room(device) for name, device in devices.items() if not isinstance(device, str)}
+    rates = calibration.rates()
     chosen: dict[Node, placed.Site] = {}
     for index, (node, step) in enumerate(zip(_nodes(gm), plan.steps, strict=True)):
         op = step.op.removeprefix("unicorn::")
         if op not in placed.OPS:
             continue
-        device, reason = _choose(_work(node, step, plan.tokens, options.policy), devices)
-        plan.steps[index] = dataclasses.replace(step, device=device.name if device else "cpu", reason=reason)
-        if device is not None:
-            chosen[node] = placed.Site(op, device, plan, index)
+        offers = [offer(name, devices[name], _work(node, step), plan, options.policy, rates, rooms) for name in names]
+        best = min((o for o in offers if o.device), key=lambda o: o.us or 0.0, default=None)
+        reason = (
+            best.reason if best else "; ".join(f"{name}: {o.reason}" for name, o in zip(names, offers, strict=True))
+        )
+        known = tuple((o.device.name if o.device else n, o.us) for n, o in zip(names, offers, strict=True) if o.us)
+        cpu = cost.predict(plan, step, rates)
+        plan.steps[index] = dataclasses.replace(
+            step,
+            device=best.device.name if best and best.device else "cpu",
+            reason=reason,
+            least_tokens=best.least if best else 1,
+            predicted_us=((("cpu", cpu),) if cpu is not None else ()) + known,
+        )
+        if best is not None and best.device is not None:
+            rooms[best.name] -= step.weight_bytes
+            chosen[node] = placed.Site(op, best.device, plan, index, best.least)
     return (_with_calls(gm, chosen), list(chosen.values())) if chosen else (gm, [])
 
 
-def _choose(work: Work, devices: Mapping[str, Device | str]) -> tuple[Device | None, str]:
-    """The device with its label, or None (the CPU) with every device's reason."""
-    reasons = []
-    for name, device in devices.items():
-        reason = device if isinstance(device, str) else device.refuses(work)
-        if not reason and not isinstance(device, str):
-            return device, device.label
-        reasons.append(f"{name}: {reason}")
-    return None, "; ".join(reasons)
+@dataclass(frozen=True)
+class Offer:
+    """Whether a device gets a region, and why."""
+
+    name: str
+    device: Device | None  # None: it does not
+    reason: str
+    least: int = 1  # tokens per call from which it runs there
+    us: float | None = None  # predicted at the plan's typical size
+
+
+def offer(
+    name: str, device: Device | str, work: Work, plan: Plan, policy: str, rates: Rates, rooms: Mapping[str, float]
+) -> Offer:
+    """What `policy` makes of a region on a device. `rooms`: bytes of weights that each device still holds."""
+    if isinstance(device, str):
+        return Offer(name, None, device)
+    if refused := device.refuses(work):
+        return Offer(name, None, refused)
+    if device.software and policy != "fixed":
+        return Offer(name, None, f"{device.label}: no faster than the CPU's own kernels; policy='fixed' uses it")
+    if work.step.weight_bytes > rooms[name]:
+        return Offer(
+            name, None, f"its memory is full: {size(work.step.weight_bytes)} needed, {size(max(rooms[name], 0))} left"
+        )
+    tokens, keys = plan.typical
+    tokens = work.step.tokens or tokens
+    if tokens < device.least:
+        return Offer(name, None, f"{tokens} tokens per call; it takes {device.least} and more")
+    found = device.predict(work, tokens, keys)
+    cpu = cost.predict(plan, work.step, rates)
+    if policy == "fixed" or found is None or cpu is None:
+        return Offer(name, device, device.label, device.least, found[0] if found else None)
+    us, source = found
+    against = f"{us / 1e3:.2f} ms, cpu {cpu / 1e3:.2f} at {tokens} tokens ({source}; cpu {rates.source})"
+    least = _wins_from(device, work, plan, MARGINS[policy], rates)
+    if not least:
+        verdict = f"loses {(us - cpu) / 1e3:.2f} ms" if us >= cpu else f"gains only {(cpu - us) / 1e3:.2f} ms"
+        return Offer(name, None, f"{verdict}: {against}", us=us)
+    return Offer(name, device, f"{device.label}; {f'from {least} tokens on; ' * (least > 1)}{against}", least, us)
+
+
+def _wins_from(device: Device, work: Work, plan: Plan, margin: float, rates: Rates) -> int:
+    """The least number of tokens from which the device always wins; 0 if there is none."""
+    tokens, keys = plan.typical
+    fixed = work.step.tokens or (tokens if plan.tokens.isdigit() else 0)
+    least = 0
+    for count in [fixed] if fixed else [t for t in PROMPTS if t >= device.least]:
+        cpu = cost.microseconds(work.step, count, max(keys, count), rates, cost.is_cached(plan))
+        found = device.predict(work, count, max(keys, count))
+        wins = cpu is not None and found is not None and found[0] < margin * cpu
+        least = (least or count) if wins else 0
+    return least
+
+
+def _room(device: Device) -> float:
+    """Bytes of weights that a device can hold; no limit where it names none."""
+    memory = device.memory()
+    return memory.budget + max(memory.used, memory.shared) if memory.budget else math.inf
 
 
 def _nodes(gm: GraphModule) -> list[Node]:
@@ -57,14 +133,14 @@ def _nodes(gm: GraphModule) -> list[Node]:
     return [node for node in gm.graph.nodes if node.op == "call_function" and node.target in OPS]
 
 
-def _work(node: Node, step: Step, tokens: str, policy: str) -> Work:
+def _work(node: Node, step: Step) -> Work:
     """`node` may come from the compile cache: it has no `meta`."""
     names = [argument.name for argument in node.target._schema.arguments]
     constants = {n: v for n, v in zip(names, node.args, strict=True) if not _has_node(v)}
     _, positions = OPS[node.target]
     weights = [weight for position in positions for weight in node.args[position]]
     whole = all(weight.op == "placeholder" for weight in weights)
-    return Work(step, tokens, constants, whole, policy)
+    return Work(step, constants, whole)
 
 
 def _has_node(value: Any) -> bool:

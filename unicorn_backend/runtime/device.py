@@ -19,10 +19,8 @@ class Work:
     """A region as placement sees it: before the first call, without tensors."""
 
     step: Step
-    tokens: str  # per call: a number, or "dynamic"
     constants: Mapping[str, Any]  # arguments that the graph fixes, by their names in the schema; None is one of them
     whole: bool  # every weight is a parameter as it is stored, not a row range of one
-    policy: str = "speed"  # what the caller asks for: "speed", "power" or "fixed"
 
 
 @dataclass(frozen=True)
@@ -46,9 +44,14 @@ class Device(Protocol):
 
     name: str  # as options name it: "vulkan", "vulkan:1"
     label: str  # chip and driver, for people; says so where it is a program and not a chip
+    software: bool  # a program on the CPU: only `policy="fixed"` uses it
+    least: int  # tokens per call that it takes
 
     def refuses(self, work: Work) -> str:
         """Why it does not take this region; "" if it does. Decides from data, without touching the device."""
+
+    def predict(self, work: Work, tokens: int, keys: int) -> tuple[float, str] | None:
+        """(us of one call with `tokens`, where the figures are from); None where no cost decides."""
 
     def region(self, op: str, arguments: Sequence[Any]) -> Region | str:
         """The region of these weights (`op`: "int4_ffn"); the first call uploads them and prepares.

@@ -14,12 +14,16 @@ class NullDevice:
     def __init__(self, selector: str) -> None:
         self.name = f"null:{selector}" if selector else "null"
         self.label = "no device: calls are recorded and run on the CPU"
+        self.software, self.least = False, 1
         self.calls: list[tuple[str, ...]] = []
         self.lost = ""  # set it to a reason, and regions give it as their answer
 
     def refuses(self, work: Work) -> str:
         self.calls.append(("refuses", work.step.kind, work.step.where))
         return "" if work.whole else "its weights are row ranges of one packed weight"
+
+    def predict(self, work: Work, tokens: int, keys: int) -> tuple[float, str] | None:
+        return None
 
     def region(self, op: str, arguments: Sequence[Any]) -> _Region | str:
         return self.lost or _Region(self, op)

@@ -8,9 +8,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -34,18 +35,19 @@ class Site:
     What it decides at run time it writes into the graph's plan, where `explain` reads it.
     """
 
-    def __init__(self, op: str, device: Device, plan: Plan, index: int) -> None:
+    def __init__(self, op: str, device: Device, plan: Plan, index: int, least: int = 1) -> None:
+        """`least`: tokens per call from which the device runs it."""
         self.number = next(_numbers)
         self._op = op
         self._cpu: Callable[..., Any] = getattr(torch.ops.unicorn, op).default
         self._device: Device | None = device
-        self._plan, self._index = plan, index
+        self._plan, self._index, self._least = plan, index, least
         self._lock = threading.Lock()
         _sites[self.number] = self
 
     def __call__(self, arguments: tuple[Any, ...]) -> Any:
         device = self._device
-        if device is not None:
+        if device is not None and (self._least <= 1 or tokens_of(self._op, arguments[0].shape) >= self._least):
             region = device.region(self._op, arguments)
             result = region if isinstance(region, str) else region.run(arguments)
             if not isinstance(result, str):
@@ -65,6 +67,11 @@ class Site:
         level = logging.DEBUG if (device.name, reason) in _said else logging.WARNING
         _said.add((device.name, reason))
         log.log(level, "%s at %s goes back to the cpu: %s: %s", step.kind, step.where, device.name, reason)
+
+
+def tokens_of(op: str, shape: Sequence[int]) -> int:
+    """Tokens of a call, from the shape of the op's first argument: [B, H, T, D] for attention, else [..., K]."""
+    return shape[0] * shape[2] if op == "int8_attention" else math.prod(shape[:-1])
 
 
 def placed_op(op: str) -> Any:

@@ -1,4 +1,4 @@
-"""What the NPU is expected to take, against the CPU: decides which lengths of prompt go there.
+"""What the NPU is expected to take.
 
 Nothing here was measured on an NPU by this project. The defaults are estimates from published figures (int8 GEMM of
 6.8 and 38 TOPS on XDNA 1 and 2, arXiv 2512.13282, at some 75 % of it; launches of 45 to 128 us); the attention core
@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from unicorn_backend.plan import Step
 
 FILE = "calibration.json"
 SOURCE = "estimate from published figures, not measured"
@@ -27,39 +29,20 @@ class Rates:
 
 
 ESTIMATES = {"npu1": Rates(5.0, 1.5, 110.0), "npu2": Rates(28.0, 8.0, 70.0)}
-CPU = Rates(2.8, 1.5, 3.0, "estimate: 8 cores of Zen 4 with VNNI")
+ROWS, KEYS, QUERIES = 128, 512, 256  # of one launch: tokens of a product; keys and query tokens of attention
+READ_GBPS = 30.0  # of weights from memory, a guess
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """Of one attention layer."""
-
-    hidden: int
-    heads: int
-    kv_heads: int
-    dim: int
-
-    def microseconds(self, rates: Rates, tokens: int, launches: int) -> float:
-        """Projections and causal attention of a prompt of `tokens`."""
-        weights = self.hidden * (2 * self.heads + 2 * self.kv_heads) * self.dim
-        core = 2 * tokens * (tokens + 1) * self.heads * self.dim
-        return (2 * tokens * weights / rates.gemm_tops + core / rates.attention_tops) / 1e6 + launches * rates.launch_us
-
-
-def least_tokens(target: str, policy: str, rates: Rates) -> tuple[int, str]:
-    """(tokens from which a region goes to the NPU, or 0 for never; the reason).
-
-    Sizes of Gemma 3 4B stand for all: the ratio of the processors' rates decides, not the model.
-    """
-    sizes = Sizes(2560, 8, 4, 256)
-    for tokens in (16, 32, 64, 128, 256, 512, 1024, 2048):
-        launches = 2 * -(-tokens // 128) + sizes.kv_heads * -(-tokens // 256) * -(-tokens // 512)
-        npu, cpu = sizes.microseconds(rates, tokens, launches), sizes.microseconds(CPU, tokens, 2)
-        # "power": up to twice the time, for an estimated fifth of the watts.
-        if npu < cpu * (2.0 if policy == "power" else 0.8):
-            text = f"{npu / 1e3:.1f} ms against {cpu / 1e3:.1f} on 8 cores at {tokens} tokens ({rates.source})"
-            return max(tokens, 256 if policy != "power" else 32), text
-    return 0, f"never clearly faster than 8 CPU cores on {target} ({rates.source}); policy='power' uses it all the same"
+def microseconds(step: Step, tokens: int, keys: int, rates: Rates) -> float:
+    """A qkv or attention region of a prompt: its products in whole launches, then scores and values."""
+    launches = -(-tokens // ROWS)
+    weights = sum(step.weights)
+    us = max(2 * launches * ROWS * weights / rates.gemm_tops / 1e6, weights / READ_GBPS / 1e3)
+    if step.key_macs:
+        kv_heads = step.key_bytes * step.key_heads // (2 * step.key_macs)
+        us += tokens * (keys - (tokens - 1) / 2) * 2 * step.key_macs / rates.attention_tops / 1e6
+        launches += kv_heads * -(-tokens // QUERIES) * -(-keys // KEYS)
+    return us + launches * rates.launch_us
 
 
 def load(root: Path, target: str, label: str) -> Rates:

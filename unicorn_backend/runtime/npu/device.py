@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from unicorn_backend.graph.describe import OPS
@@ -23,7 +22,8 @@ from unicorn_backend.runtime.npu.xrt import Xrt
 log = logging.getLogger(__name__)
 
 REGIONS: dict[str, Any] = {"int8_qkv": QkvRegion, "int8_attention": AttentionRegion}
-LEAST_EMULATED = 2  # tokens: the emulator is there to be run, no cost decides
+LEAST = 32  # tokens: its kernels compute 128 rows at a time, decode is left to the CPU
+LEAST_EMULATED = 2  # the emulator is there to be run, no cost decides
 
 
 def target_of(name: str) -> str:
@@ -48,15 +48,9 @@ class NpuDevice:
         timeout = 120 * TIMEOUT_MS if emulated else TIMEOUT_MS  # the emulator shares the CPU with everything else
         self.engine = engine or NpuEngine(xrt, root, emulated, BUDGET_BYTES, timeout, builds=emulated)
         self.rates = cost.load(root, self.target, xrt.name)
-        self.least = LEAST_EMULATED  # tokens per call, by the last placement; shorter calls run on the CPU
+        self.software, self.least = False, LEAST_EMULATED if emulated else LEAST
         self._lock = threading.RLock()
         self._regions: dict[tuple[Any, ...], tuple[list[StorageWeakRef], _Region]] = {}
-
-    def least_tokens(self, policy: str) -> tuple[int, str]:
-        """From how many tokens per call a region runs here (0: never), and why."""
-        if self.emulated:
-            return LEAST_EMULATED, "emulated: no cost decides"
-        return cost.least_tokens(self.target, policy, self.rates)
 
     def refuses(self, work: Work) -> str:
         op = work.step.op.removeprefix("unicorn::")
@@ -64,15 +58,12 @@ class NpuDevice:
             return f"it has kernels for {' and '.join(REGIONS)}"
         if not work.whole:
             return "its weights are row ranges of one packed weight"
-        if reason := refusal(op, dict(work.constants), work.step.schemes):
-            return reason
-        least, why = self.least_tokens(work.policy)
-        self.least = least
-        if not least:
-            return why
-        if work.tokens.isdigit() and int(work.tokens) < least:
-            return f"{work.tokens} tokens per call; it takes {least} and more: {why}"
-        return ""
+        return refusal(op, dict(work.constants), work.step.schemes)
+
+    def predict(self, work: Work, tokens: int, keys: int) -> tuple[float, str] | None:
+        if self.emulated:
+            return None
+        return cost.microseconds(work.step, tokens, keys, self.rates), self.rates.source
 
     def calibrate(self, tops: Mapping[str, float]) -> None:
         """Keep what the self-tests measured on this machine, once both kernels were; never the emulator's."""
@@ -107,10 +98,7 @@ class NpuDevice:
 
 
 class _Region:
-    """A region's weights on the device, from the first call that is long enough for it.
-
-    Shorter calls (decode) and inputs outside its arithmetic run on the CPU.
-    """
+    """A region's weights on the device. Inputs outside its arithmetic run on the CPU."""
 
     def __init__(self, device: NpuDevice, op: str) -> None:
         self._cpu = getattr(torch.ops.unicorn, op).default
@@ -119,8 +107,6 @@ class _Region:
         self._lock = threading.Lock()
 
     def run(self, arguments: Sequence[Any]) -> Any:
-        if _tokens(self._op, arguments) < self._device.least:
-            return self._cpu(*arguments)
         try:
             with self._lock:
                 if self._on_npu is None:
@@ -131,8 +117,3 @@ class _Region:
         except (Unavailable, IllegalDesign) as reason:
             return str(reason)
         return self._cpu(*arguments) if result is None else result
-
-
-def _tokens(op: str, arguments: Sequence[Any]) -> int:
-    tensor: Tensor = arguments[0]
-    return int(tensor.shape[1] if op == "int8_qkv" else tensor.shape[2])

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from unicorn_backend.runtime.device import Memory, Work
-from unicorn_backend.runtime.vulkan import ffn, variants
+from unicorn_backend.runtime.vulkan import cost, ffn, variants
 from unicorn_backend.runtime.vulkan.api import DEVICE_LOST, VulkanError
 from unicorn_backend.runtime.vulkan.logical import LogicalDevice, Recorded
 from unicorn_backend.runtime.vulkan.physical import PhysicalDevice
@@ -30,6 +30,7 @@ class VulkanDevice:
 
     def __init__(self, name: str, physical: PhysicalDevice, variant: str = "", placing: str = "") -> None:
         self.name, self.label, self.physical = name, physical.label, physical
+        self.software, self.least = physical.kind == "software", 1
         chosen = variants.choose(physical.features)
         self.variant = next((v for v in variants.VARIANTS if v.name == variant), chosen)
         self.lost = ""  # why no region runs any more
@@ -54,6 +55,10 @@ class VulkanDevice:
         if not work.whole:
             return "its weights are row ranges of one packed weight"
         return self.lost or ("" if constants.get("bias") == [] else "no shader for biases")
+
+    def predict(self, work: Work, tokens: int, keys: int) -> tuple[float, str] | None:
+        rates = cost.rates(self.physical)
+        return cost.microseconds(work.step, tokens, rates), rates.source
 
     def region(self, op: str, arguments: Sequence[Any]) -> FfnRegion | str:
         if self.lost:
