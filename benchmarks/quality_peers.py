@@ -63,7 +63,7 @@ def _rows(folder: Path, llama: Path) -> list[dict[str, Any]]:
 
 def _score(name: str, path: Path, llama: Path, text: Path, base: Path) -> dict[str, Any]:
     out = ""
-    while "Same top p" not in out:  # its log thread sometimes loses the last lines
+    while not all(re.search(pattern, out) for pattern in FIELDS.values()):  # its log thread may lose the last lines
         out = _perplexity(llama, path, text, "--kl-divergence-base", str(base), "--kl-divergence")
     row: dict[str, Any] = {"name": name, "bits_per_weight": _bits(path)}
     for field, pattern in FIELDS.items():

@@ -1,7 +1,7 @@
 """A GGUF file as transformers sees it: config, names of the weights, tokenizer.
 
 transformers knows most of this; where its reading of a config is incomplete (Gemma 3: rotary bases,
-scaling, pattern of layers, scale of the attention), the metadata fill it in as llama.cpp reads them.
+scaling, pattern of layers, scale of the attention; Qwen 3: head size), the metadata fill it in as llama.cpp reads them.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ _IGNORED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short
 def read_config(header: GgufHeader) -> Any:
     """The transformers config that the metadata describe."""
     path = header.path
-    layers = _number(_fields(path, header.architecture).get("block_count"), "block_count", header)
+    fields = _fields(path, header.architecture)
+    layers = _number(fields.get("block_count"), "block_count", header)
     if layers > len(header.tensors):
         raise CheckpointError(f"{path}: block_count is {layers}, with {len(header.tensors)} tensors in the file")
     try:
@@ -47,6 +48,8 @@ def read_config(header: GgufHeader) -> Any:
         raise CheckpointError(f"{path}: transformers cannot read a config from its metadata: {error}") from error
     if header.architecture == "gemma3":
         return _gemma3(config, header)
+    if "attention.key_length" in fields and hasattr(config, "head_dim"):
+        config.head_dim = _number(fields["attention.key_length"], "attention.key_length", header)
     return config
 
 

@@ -8,6 +8,7 @@ another width becomes what llama.cpp makes it. Norms are fp32, as llama.cpp want
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -298,19 +299,21 @@ def _write_metadata(writer: GGUFWriter, source: Source, types: Mapping[str, Type
 
 
 def _file_type(types: Mapping[str, Type]) -> LlamaFileType:
-    kinds = set(types.values())
-    if Type.Q4_K in kinds:
-        return LlamaFileType.MOSTLY_Q4_K_M
-    if Type.Q5_K in kinds:
-        return LlamaFileType.MOSTLY_Q5_K_M
-    if Type.Q4_1 in kinds:
-        return LlamaFileType.MOSTLY_Q4_1
-    if Type.IQ4_NL in kinds:
-        return LlamaFileType.MOSTLY_IQ4_NL
-    if Type.Q4_0 in kinds:
-        return LlamaFileType.MOSTLY_Q4_0
-    if Type.Q6_K in kinds:
-        return LlamaFileType.MOSTLY_Q6_K
-    if Type.Q8_0 in kinds:
-        return LlamaFileType.MOSTLY_Q8_0
-    return LlamaFileType.MOSTLY_BF16 if Type.BF16 in kinds else LlamaFileType.ALL_F32
+    """What most matrices of the layers are."""
+    layers = Counter(kind for name, kind in types.items() if name.startswith("blk.") and "norm" not in name)
+    return _FILE_TYPES.get(layers.most_common(1)[0][0], LlamaFileType.MOSTLY_BF16)
+
+
+_FILE_TYPES = {
+    Type.Q4_0: LlamaFileType.MOSTLY_Q4_0,
+    Type.Q4_1: LlamaFileType.MOSTLY_Q4_1,
+    Type.IQ4_NL: LlamaFileType.MOSTLY_IQ4_NL,
+    Type.Q4_K: LlamaFileType.MOSTLY_Q4_K_M,
+    Type.Q5_0: LlamaFileType.MOSTLY_Q5_0,
+    Type.Q5_K: LlamaFileType.MOSTLY_Q5_K_M,
+    Type.Q6_K: LlamaFileType.MOSTLY_Q6_K,
+    Type.Q8_0: LlamaFileType.MOSTLY_Q8_0,
+    Type.BF16: LlamaFileType.MOSTLY_BF16,
+    Type.F16: LlamaFileType.MOSTLY_F16,
+    Type.F32: LlamaFileType.ALL_F32,
+}
