@@ -108,6 +108,8 @@ unicorn.reset = reset  # type: ignore[attr-defined]
 def leave_alone(example_inputs: Sequence[Any]) -> str:
     """Why a graph must run unchanged ("" if it need not): gradients, or tensors off the CPU."""
     tensors = [value for value in example_inputs if isinstance(value, torch.Tensor)]
+    if any(hasattr(tensor, "to_local") for tensor in tensors):
+        return "float weights are sharded over processes (DTensor): left to plain torch"
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
         return (
             "gradients are required (grad mode is on and an input or parameter requires grad): left unquantized. "

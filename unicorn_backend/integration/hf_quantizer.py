@@ -65,6 +65,7 @@ class UnicornQuantizer(HfQuantizer):
     """
 
     requires_calibration = False
+    in_parts = False  # of a model sharded over processes
 
     def __init__(self, quantization_config: UnicornConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -189,6 +190,11 @@ class UnicornQuantizer(HfQuantizer):
         return model
 
     def is_serializable(self) -> bool:
+        if self.in_parts:
+            raise QuantizationError(
+                "a quantized model sharded over processes cannot be saved, each has a part only: "
+                "quantize and save it in one process (unicorn quantize MODEL -o DIR)"
+            )
         return True
 
     @property

@@ -164,13 +164,18 @@ def refusal(module: nn.Module) -> str | None:
         return f"its weight is {weight.dtype} {list(weight.shape)}; bf16, fp16 or fp32 matrices are quantized"
     if weight.numel() == 0:
         return "its weight is empty"
-    if "forward" in module.__dict__:
+    if "forward" in module.__dict__ and not wrapped(module):
         return "its forward is replaced on the instance (a hook of another library)"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its owner reads the float weight directly"
     if isinstance(module, nn.Embedding) and module.max_norm is not None:
         return "max_norm changes the table in forward"
     return _overridden(type(module), nn.Linear if isinstance(module, nn.Linear) else nn.Embedding)
+
+
+def wrapped(module: nn.Module) -> bool:
+    """True where transformers replaced the forward because the module is sharded over processes."""
+    return getattr(module.__dict__.get("forward"), "__name__", "") == "tp_forward"
 
 
 # What a `PackedWeight` answers without the float values.

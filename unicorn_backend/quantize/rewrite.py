@@ -29,6 +29,7 @@ from unicorn_backend.quantize.modules import (
     refusal,
     unpack_module,
     weights_read,
+    wrapped,
 )
 from unicorn_backend.quantize.recipe import FLOAT, Recipe, recipes
 from unicorn_backend.quantize.schemes import ensure_kernels, quantization_noise_reference, quantize_weight
@@ -91,6 +92,7 @@ def quantize(
     chosen = resolve(model, recipe, rules)
     jobs, _ = plan(model, chosen)
     _refuse_changes(model, chosen)
+    shards = _shards(model, jobs, keep_weights)
     _check_weights(jobs)
     total = sum(job.weight.nbytes for job in jobs)
     hidden = total < PROGRESS_BYTES if progress is None else not progress
@@ -100,8 +102,10 @@ def quantize(
     mapped = MappedFiles()
     with tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar:
         while queue:
-            bar.update(_run(queue.popleft(), mapped, keep_weights, importance))
-    _mark(model, chosen)
+            bar.update(_run(queue.popleft(), mapped, keep_weights, importance, shards))
+    if shards:
+        shards.finish(model)
+    _mark(model, chosen, in_parts=bool(shards))
     return model
 
 
@@ -168,13 +172,28 @@ def _importance(model: nn.Module, ids: Tensor | None) -> dict[str, Tensor]:
     return {} if ids is None else calibration.importance(model, ids)
 
 
-def _run(job: Job, mapped: MappedFiles, keep: bool, importance: Mapping[str, Tensor]) -> int:
+def _shards(model: nn.Module, jobs: list[Job], keep_weights: bool) -> Any:
+    """How `model` is sharded over processes, None if it is not."""
+    if not any(wrapped(module) for module in model.modules()):
+        return None
+    if keep_weights:
+        raise OptionError("keep_weights: got True, allowed is False for a model sharded over processes")
+    from unicorn_backend.integration.tensor_parallel import Shards
+
+    return Shards(user for job in jobs for user in job.users)
+
+
+def _run(job: Job, mapped: MappedFiles, keep: bool, importance: Mapping[str, Tensor], shards: Any) -> int:
     """Pack one weight, change its modules, let the float weight go. Returns the bytes of that."""
-    size, storage = job.weight.nbytes, job.weight.untyped_storage()
+    size, storage = job.weight.nbytes, _local(job.weight).untyped_storage()
     columns = next((importance[name] for name, _ in job.users if name in importance), None)
-    packed = pack_weight(job.weight.detach(), job.scheme, job.users[0][0], columns)
+    weight = shards.whole(job.weight.detach()) if shards else job.weight.detach()
+    packed = pack_weight(weight, job.scheme, job.users[0][0], columns)
+    del weight
     for i, (_, module) in enumerate(job.users):
-        pack_module(module, packed, keep=keep, owner=i == 0)
+        pack_module(module, shards.cut(module, packed) if shards else packed, keep=keep, owner=i == 0)
+        if shards:
+            shards.release(module)
     del job.weight
     mapped.release(storage)
     return size
@@ -249,9 +268,19 @@ def _candidates(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
+def _local(weight: Any) -> Tensor:
+    """What of a weight is in this process."""
+    local: Tensor = weight.to_local() if hasattr(weight, "to_local") else weight
+    return local
+
+
 def _identity(parameter: nn.Parameter) -> Any:
-    """Equal for parameters that are the same memory; meta tensors have none, there the object counts."""
-    return id(parameter) if parameter.is_meta else (parameter.data_ptr(), parameter.shape, parameter.stride())
+    """Equal for parameters that are the same memory; meta and sharded tensors have none, there the object counts."""
+    return (
+        id(parameter)
+        if parameter.is_meta or hasattr(parameter, "to_local")
+        else (parameter.data_ptr(), parameter.shape, parameter.stride())
+    )
 
 
 def _decide(group: list[tuple[str, nn.Module, nn.Parameter]], recipe: Recipe) -> tuple[str | None, str]:
@@ -295,8 +324,9 @@ def _check_weights(jobs: list[Job]) -> None:
                 "or quantize while loading with from_pretrained(..., quantization_config=UnicornConfig())"
             )
     for job in jobs:
-        if torch.ops.unicorn.count_nonfinite(job.weight.detach()):
-            raise QuantizationError(_bad_weight(job.users[0][0], job.weight.detach()))
+        weight = _local(job.weight.detach())
+        if torch.ops.unicorn.count_nonfinite(weight):
+            raise QuantizationError(_bad_weight(job.users[0][0], weight))
 
 
 def _bad_weight(name: str, weight: Tensor) -> str:
@@ -307,13 +337,14 @@ def _bad_weight(name: str, weight: Tensor) -> str:
     )
 
 
-def _mark(model: nn.Module, recipe: Recipe) -> None:
+def _mark(model: nn.Module, recipe: Recipe, *, in_parts: bool = False) -> None:
     """Inference only; and what transformers needs in order to save the model."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.__dict__["_unicorn_recipe"] = recipe
     for inner in _pretrained(model):
         _hf().attach(inner, recipe)
+        inner.hf_quantizer.in_parts = in_parts
 
 
 def _pretrained(model: nn.Module) -> list[Any]:
