@@ -24,8 +24,10 @@ constexpr int kFactors = 8;
 constexpr float kFirstFactor = 6.25f, kFactorStep = 0.375f;  // schemes.py FACTORS
 constexpr float kMinAmax = 0x1p-100f;                        // schemes.py MIN_AMAX
 constexpr float kMaxScale = 65504.0f;
-constexpr float kMinSum = 0x1p-40f;  // kquants.py MIN_SUM
-constexpr float kMagic = 0x1.8p23f;  // x + kMagic - kMagic = rint(x), half to even, for |x| < 2^22
+constexpr float kGridError = 0x1p-16f;  // schemes.py GRID_ERROR
+constexpr uint32_t kMinGridScale = 5u;  // MIN_GRID_SCALE
+constexpr float kMinSum = 0x1p-40f;     // kquants.py MIN_SUM
+constexpr float kMagic = 0x1.8p23f;     // x + kMagic - kMagic = rint(x), half to even, for |x| < 2^22
 constexpr int32_t kMagicBits = 0x4B400000;
 constexpr int32_t kInfBits = 0x7F800000;
 
@@ -121,6 +123,12 @@ INLINE void load_transposed(const GroupRows& rows, int first, VF x[kGroup]) {
   }
 }
 
+INLINE bool any_lane(VI mask) {
+  int32_t any = 0;
+  for (int r = 0; r < kLanes; ++r) any |= mask[r];
+  return any != 0;
+}
+
 INLINE bool all_finite(VI top) {
   bool good = true;
   for (int r = 0; r < kLanes; ++r) good &= top[r] < kInfBits;
@@ -154,10 +162,11 @@ INLINE void keep_better(VF a, VF b, float sign, VF& best, VF& scale) {
   scale = (VF)((better & (VI)(t * sign)) | (~better & (VI)scale));
 }
 
-// Best least-squares scale of x, |x| <= 1: both signs, every factor.
+// Best least-squares scale of x, |x| <= 1: both signs, every factor. best: the squares that it explains.
 template <bool kWeighted>
-INLINE VF searched_scale(const VF x[kGroup], const float* h) {
-  VF best = splat(-1.0f), scale = splat(0.0f);
+INLINE VF searched_scale(const VF x[kGroup], const float* h, VF& best) {
+  VF scale = splat(0.0f);
+  best = splat(-1.0f);
   for (int f = 0; f < kFactors; ++f) {
     const float factor = kFirstFactor + kFactorStep * float(f);
     VF a0 = splat(0), b0 = splat(0), a1 = splat(0), b1 = splat(0);
@@ -240,6 +249,38 @@ INLINE VI four_bits(VF x) {
   return to_int(clamp(x, -8.0f, 7.0f)) + 8;
 }
 
+// The nearest bf16, as a float.
+INLINE VF round_bf16(VF x) {
+  const VU bits = (VU)x;
+  return (VF)((bits + 0x7FFFu + ((bits >> 16) & 1u)) & 0xFFFF0000u);
+}
+
+// The lanes whose weights are nearly a grid (schemes.py GRID_ERROR): what `best` leaves of the squares of x.
+template <bool kWeighted>
+INLINE VI on_grid(const VF x[kGroup], const float* h, VF best) {
+  VF squares = splat(0);
+  for (int k = 0; k < kGroup; ++k) squares = squares + weigh<kWeighted>(x[k], h[k]) * x[k];
+  return squares - best <= squares * kGridError;
+}
+
+// The scale, or its nearest neighbour (schemes.py NEIGHBOURS) whose grid rounds to exactly the bf16 weights, in the
+// lanes `left`; out of line, since only checkpoints trained for this grid come here.
+__attribute__((noinline)) VU scale_of_grid(const GroupRows& rows, int first, const VF q[kGroup], VU half, VI left) {
+  VF x[kGroup];
+  load_transposed<FloatType::bf16>(rows, first, x);
+  left &= (VI)((half & 0x7FFFu) >= kMinGridScale);
+  VU result = half;
+  for (const int shift : {0, -1, 1, -2, 2, -3, 3, -4, 4}) {
+    const VU candidate = half + uint32_t(shift);
+    const VF s = half_to_float(candidate);
+    VI exact = left;
+    for (int k = 0; k < kGroup; ++k) exact &= round_bf16(s * q[k]) == x[k];
+    result = ((VU)exact & candidate) | (~(VU)exact & result);
+    left &= ~exact;
+  }
+  return result;
+}
+
 // Rows first .. first + kLanes - 1 of one tile. kCode: w4n32, else w4g32.
 template <FloatType T, bool kCode, bool kWeighted>
 INLINE bool w4_rows(const GroupRows& rows, int first, const float* h, uint8_t* tile, uint16_t* scales) {
@@ -250,11 +291,19 @@ INLINE bool w4_rows(const GroupRows& rows, int first, const float* h, uint8_t* t
   const VF amax = greater((VF)top, splat(kMinAmax)), inverse = splat(1.0f) / amax;
   for (int k = 0; k < kGroup; ++k) x[k] = x[k] * inverse;
 
-  const VF found = kCode ? searched_code_scale<kWeighted>(x, h) : searched_scale<kWeighted>(x, h);
-  const VU half = float_to_half(clamp(found * amax, -kMaxScale, kMaxScale));
+  VF best;
+  const VF found = kCode ? searched_code_scale<kWeighted>(x, h) : searched_scale<kWeighted>(x, h, best);
+  VU half = float_to_half(clamp(found * amax, -kMaxScale, kMaxScale));
   const VF s = half_to_float(half);
   const VI zero = s == splat(0.0f);
   const VF step = (VF)(~zero & (VI)(amax / s));
+  if constexpr (T == FloatType::bf16 && !kCode) {
+    if (const VI grid = on_grid<kWeighted>(x, h, best); any_lane(grid)) {
+      VF q[kGroup];
+      for (int k = 0; k < kGroup; ++k) q[k] = clamp(round_even(x[k] * step), -8.0f, 7.0f);
+      half = scale_of_grid(rows, first, q, half, grid);
+    }
+  }
   store(scales + first, __builtin_convertvector(half, VH));
   for (int c = 0; c < 4; ++c) {
     VI word = VI{};

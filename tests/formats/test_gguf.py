@@ -181,11 +181,31 @@ def test_values_on_the_grid_of_q4_0_stay(dtype: torch.dtype) -> None:
 
 
 def test_values_on_the_grid_of_q4_0_in_bf16() -> None:
-    """bf16 rounds the grid itself: every weight gets its level, and no scale is off by more than that rounding."""
+    """bf16 rounds the grid itself: every weight gets its level, and a scale whose grid rounds to the same values.
+
+    Several do, so a scale may be a neighbour of the one that the weights were made with.
+    """
     blocks = random_blocks(Type.Q4_0, 512, 256)
     exact = torch.from_numpy(gguf.quants.dequantize(blocks, Type.Q4_0))
     ours = dequantize(quantize_weight(exact.bfloat16(), "w4g32"), 512, 256)
+    assert torch.equal(ours.bfloat16(), exact.bfloat16())
     assert float(((ours - exact).abs() / exact.abs().clamp_min(1e-30)).max()) < 2**-8
+
+
+def test_a_checkpoint_trained_for_q4_0(tmp_path: Path) -> None:
+    """`-qat-q4_0-unquantized`: bf16 safetensors with every linear on the grid keep every value, through the disk."""
+    model = AutoModelForCausalLM.from_pretrained(TINY)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            blocks = gguf.quants.quantize(module.weight.detach().float().numpy(), Type.Q4_0)
+            module.weight.data = torch.from_numpy(gguf.quants.dequantize(blocks, Type.Q4_0)).bfloat16()
+    model.save_pretrained(tmp_path / "qat")
+    quantize_checkpoint(tmp_path / "qat", tmp_path / "out", "q4")
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.lm_head:
+            values = dequantize(packed.get_submodule(name).packed, *module.weight.shape).bfloat16()
+            assert torch.equal(values, module.weight.detach()), name
 
 
 def test_q8_0_is_that_of_ggml() -> None:

@@ -67,6 +67,17 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.view(torch.uint8)
 
 
+def test_bits_on_a_grid(isa: str) -> None:
+    """bf16 weights that are a grid's rounding, in every second group; scales from subnormal to large, of both signs."""
+    scale = torch.randn(33, 12, 1) * torch.tensor([1e-7, 1e-4, 1.0, 1e4])[torch.randint(0, 4, (33, 12, 1))]
+    grid = scale.half().float() * torch.randint(-8, 8, (33, 12, 32))
+    grid[:, ::2] += torch.randn(33, 6, 32) * grid[:, ::2].abs().amax()
+    w = grid.view(33, 384).bfloat16()
+    for importance in (None, torch.rand(384) + 0.1):
+        got, want = schemes.quantize_weight(w, "w4g32", importance), REFERENCES["w4g32"](w, importance)
+        assert all(torch.equal(_bits(a), _bits(b)) for a, b in zip(got, want, strict=True)), isa
+
+
 @pytest.mark.parametrize("scheme", schemes.SEARCHED)
 def test_bits_with_importance(isa: str, scheme: str) -> None:
     """Weights of the columns over five orders of magnitude; a part of a super block, and of a group."""

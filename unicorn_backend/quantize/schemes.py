@@ -49,6 +49,14 @@ FACTORS = tuple(6.25 + 0.375 * i for i in range(8))  # 6.25 .. 8.875, exact in f
 CODEBOOK_FACTORS = tuple(100.0 + 8.0 * i for i in range(6))  # 100 .. 140
 THRESHOLDS = tuple((a + b) / 2 for a, b in itertools.pairwise(CODEBOOK))  # exact; a value on one goes down
 
+# A weight trained for Q4_0 and stored as bf16 is the rounding of a grid: the fitted error is that of the rounding,
+# below 2^-18 of the squares (of other weights some 2^-7). Then the scales beside the fitted one are tried, in
+# units of its last place, for one whose grid rounds to exactly the weights. bf16 changes no weight by more than
+# 2^-9 of it, so nor is the fitted scale off by more: 4 units in the last of fp16's 11 bits.
+GRID_ERROR = 2.0**-16
+NEIGHBOURS = (-1, 1, -2, 2, -3, 3, -4, 4)
+MIN_GRID_SCALE = 5  # bits of fp16: its neighbours have its sign
+
 MIN_AMAX = 2.0**-100  # below it a weight counts as zero: its reciprocal stays finite and normal
 MAX_SCALE = 65504.0  # largest fp16
 
@@ -114,10 +122,13 @@ def quantize_w4g32_reference(w: Tensor, importance: Tensor | None = None) -> tup
     _check(w)
     n, k = w.shape
     x, amax = _normalised_groups(w)
-    scale = (_searched_scale(x, _column_weights(importance, w)) * amax).clamp(-MAX_SCALE, MAX_SCALE).half()  # [N, G]
+    found, on_grid = _searched_scale(x, _column_weights(importance, w))
+    scale = (found * amax).clamp(-MAX_SCALE, MAX_SCALE).half()  # [N, G]
     s = scale.float()
     step = torch.where(s == 0, torch.zeros_like(s), amax / s)
     q = torch.round(x * step[..., None]).clamp(-8, 7).to(torch.int8)
+    if w.dtype == torch.bfloat16 and bool(on_grid.any()):
+        scale = _scale_of_grid(w, q, scale, on_grid)
     packed, scales = pack_w4g32(q.view(n, -1)[:, :k], scale)
     return packed, scales
 
@@ -137,8 +148,24 @@ def _column_weights(importance: Tensor | None, w: Tensor) -> Tensor:
     return torch.nn.functional.pad(importance, (0, missing)).view(-1, GROUP)
 
 
-def _searched_scale(x: Tensor, h: Tensor) -> Tensor:
-    """Best least-squares scale [N, G] of x [N, G, 32], |x| <= 1, weighted with h [G, 32]; 0 where x is all zero."""
+def _scale_of_grid(w: Tensor, q: Tensor, scale: Tensor, on_grid: Tensor) -> Tensor:
+    """`scale`, or the nearest neighbour whose grid rounds to exactly the weights in bf16; where `on_grid`."""
+    whole = torch.nn.functional.pad(w, (0, -w.shape[1] % GROUP)).view(q.shape)
+    bits = scale.view(torch.int16)
+    left = on_grid & ((bits & 0x7FFF) >= MIN_GRID_SCALE)
+    result = bits.clone()
+    for shift in (0, *NEIGHBOURS):
+        values = ((bits + shift).view(torch.float16).float()[..., None] * q.float()).bfloat16()
+        exact = left & (values == whole).all(-1)
+        result, left = torch.where(exact, bits + shift, result), left & ~exact
+    return result.view(torch.float16)
+
+
+def _searched_scale(x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Best least-squares scale [N, G] of x [N, G, 32], |x| <= 1, weighted with h [G, 32]; 0 where x is all zero.
+
+    And where what is left of the squares is below GRID_ERROR of them.
+    """
     best = torch.full(x.shape[:2], -1.0)
     scale = torch.zeros(x.shape[:2])
     for factor in FACTORS:
@@ -153,7 +180,10 @@ def _searched_scale(x: Tensor, h: Tensor) -> Tensor:
             better = score > best
             best = torch.where(better, score, best)
             scale = torch.where(better, sign * t, scale)
-    return scale
+    squares = torch.zeros_like(best)
+    for i in range(GROUP):
+        squares = squares + (x[..., i] * h[:, i]) * x[..., i]
+    return scale, squares - best <= squares * GRID_ERROR
 
 
 def quantize_w4n32_reference(w: Tensor, importance: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
