@@ -22,7 +22,7 @@ from unicorn_backend import bench as benchmark
 from unicorn_backend import chat as terminal
 from unicorn_backend import demo as demonstration
 from unicorn_backend import doctor as examination
-from unicorn_backend import hub, models, table
+from unicorn_backend import hub, models, picture, table
 from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
 from unicorn_backend.generation.conversation import Conversation
 from unicorn_backend.generation.engine import Engine, Result, Settings
@@ -167,6 +167,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request names no limit.")] = 1024,
     prefix_mb: Annotated[int, typer.Option(min=0, help="Keys and values kept between requests.")] = 1024,
     speculate: Speculate = False,
+    monitor: Monitor = False,
 ) -> None:
     """Serve a model with the OpenAI API: chat completions, completions, models; /metrics, /health and a stats page.
 
@@ -180,7 +181,7 @@ def serve(
         raise OptionError(f"serve needs {error.name}: pip install 'unicorn-backend[serve]'") from error
     engine = Engine(model, recipe, prefix_bytes=prefix_mb << 20)
     limits = server.Limits(queue, per_client, max_body, max_tokens)
-    server.serve(engine, host, port, limits, api_key or environment_api_key(), speculate, name)
+    server.serve(engine, host, port, limits, api_key or environment_api_key(), speculate, name, monitor)
 
 
 @app.command()
@@ -364,11 +365,12 @@ def explain(
     measure: Annotated[
         int, typer.Option("--measure", min=0, metavar="TOKENS", help="Also time the regions, after such a prompt.")
     ] = 0,
+    plot: Annotated[Path | None, typer.Option(help="Also draw it here, .png or .svg (extra `plot`).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the backend takes of a model, where, for how long by prediction, and what it leaves and why.
 
-    Examples: `unicorn explain -m google/gemma-3-4b-it`, `unicorn explain -m gemma3-1b --measure 128`
+    Examples: `unicorn explain -m google/gemma-3-4b-it`, `unicorn explain -m gemma3-1b --measure 128 --plot plan.svg`
     """
     compiled: Any = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
 
@@ -382,6 +384,8 @@ def explain(
         with timed(compiled):
             generate(measure, MEASURED_STEPS)
     explanation = unicorn_backend.explain(compiled)
+    if plot is not None:
+        picture.draw(explanation, plot)
     typer.echo(explanation.to_json() if as_json else str(explanation))
 
 

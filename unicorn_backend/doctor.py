@@ -31,6 +31,9 @@ from unicorn_backend import assets, measure, table
 from unicorn_backend.errors import NativeLibraryError, OptionError
 from unicorn_backend.generation.meter import bandwidth_gbps
 from unicorn_backend.options import cache_folder, forced_isa
+from unicorn_backend.partition import calibration
+from unicorn_backend.partition.memory import ram
+from unicorn_backend.runtime import open_device
 
 TESTED = {"torch": "2.13", "transformers": "5.23"}
 AMD_NPUS = {"0x1502": "XDNA 1 (Phoenix, Hawk Point)", "0x17f0": "XDNA 2 (Strix, Krackan)"}
@@ -158,10 +161,7 @@ def check_huge_pages() -> Check:
 
 
 def check_memory() -> Check:
-    values = {
-        line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
-    }
-    total, free = values["MemTotal"], values["MemAvailable"]
+    total, free = ram()
     found = f"{table.size(free)} free of {table.size(total)}"
     if free < 2e9:
         return Check("memory", "warn", found, "close programs: a 1B model needs about 1 GB, a 4B model 3 GB")
@@ -206,7 +206,7 @@ def check_disk() -> Check:
 
 
 def check_vulkan() -> Check:
-    """The loader, the Python binding and its devices; nothing is run on them."""
+    """The loader, the Python binding and its devices, each with its shader variant, self-test and memory."""
     if ctypes.util.find_library("vulkan") is None:
         return Check("vulkan", "info", "no loader", "sudo apt install libvulkan1 mesa-vulkan-drivers")
     nodes = glob.glob("/dev/dri/renderD*")
@@ -228,12 +228,38 @@ def check_vulkan() -> Check:
         return Check(
             "vulkan", "warn", f"the loader finds no working driver{trouble}", "sudo apt install mesa-vulkan-drivers"
         )
-    found = ", ".join(f"{device.name} ({device.kind})" for device in devices)
+    found = "; ".join(_vulkan_device(number, device) for number, device in enumerate(devices))
     if all(device.kind == "software" for device in devices):
         return Check(
             "vulkan", "info", f"{found}: no GPU", "a software driver computes on the CPU; it is of no use here"
         )
     return Check("vulkan", "ok", found)
+
+
+def _vulkan_device(number: int, physical: Any) -> str:
+    """A device's name and kind, and the result of opening it, which compares small feed-forwards with the CPU's."""
+    shown = f"{physical.name} ({physical.kind})"
+    assets.load_native()
+    device: Any = open_device(f"vulkan:{number}")
+    if isinstance(device, str):
+        return f"{shown}: {device}"
+    budget = device.memory().budget
+    memory = f", {table.size(budget)} to be had" if budget else ""
+    return f"{shown}: shaders {device.variant.name}, self-test passed{memory}"
+
+
+def check_calibration() -> Check:
+    """Whether predictions come from this machine, and how old they are."""
+    fix = "unicorn calibrate (30 s): placement and explain go by estimates without it"
+    try:
+        about = calibration.identity()
+    except NativeLibraryError:
+        return Check("calibration", "info", "not without the native library")
+    found = calibration.load("cpu", about)
+    if found is None:
+        return Check("calibration", "info", f"none for {about['threads']} threads, {about['isa']}", fix)
+    age = f"{about['threads']} threads, {about['isa']}: {found.age_s / 86400:.0f} days old"
+    return Check("calibration", "ok", f"{age}, memory read {found.rates['read_gbps']:.1f} GB/s")
 
 
 def check_npu() -> Check:
@@ -282,6 +308,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_huge_pages,
     check_memory,
     check_bandwidth,
+    check_calibration,
     check_cache,
     check_disk,
     check_vulkan,

@@ -16,6 +16,7 @@ from torch import nn
 from unicorn_backend.errors import UnicornError
 from unicorn_backend.partition import calibration, cost
 from unicorn_backend.partition.cost import Rates
+from unicorn_backend.partition.memory import MemoryPlan, plan_memory
 from unicorn_backend.plan import Left, Measured, Plan, Step
 
 KEYS_FOLDED = 64  # attention over numbers of keys in the same multiple of this is one line
@@ -29,6 +30,7 @@ class Explanation:
     model: str
     plans: tuple[Plan, ...]
     note: str = ""
+    memory: MemoryPlan | None = None
 
     def to_json(self) -> str:
         rates = calibration.rates()
@@ -40,7 +42,8 @@ class Explanation:
             data["measured"] = [dataclasses.asdict(found) for found in compare(plan, rates)]
             plans.append(data)
         about = {"source": rates.source, "threads": rates.threads}
-        return json.dumps({"model": self.model, "note": self.note, "rates": about, "plans": plans})
+        memory = dataclasses.asdict(self.memory) if self.memory is not None else None
+        return json.dumps({"model": self.model, "note": self.note, "rates": about, "memory": memory, "plans": plans})
 
     def __str__(self) -> str:
         rates = calibration.rates()
@@ -49,6 +52,8 @@ class Explanation:
             lines += ["", plan.summary(), *_table(plan, rates), *_devices(plan), *_left(plan), *_measured(plan, rates)]
         if self.plans:
             lines += ["", f"predicted us per call: {rates.source}, {rates.threads} threads"]
+        if self.memory is not None:
+            lines += [str(self.memory)]
         return "\n".join(lines)
 
     __repr__ = __str__
@@ -69,9 +74,10 @@ def explain(model: Any, **inputs: Any) -> Explanation:
         raise UnicornError(f"explain: got {type(model).__name__}, allowed is a torch.nn.Module or a compiled one")
     plans = plans_of(root)
     if plans:
-        return Explanation(type(root).__name__, tuple(plans))
+        return Explanation(type(root).__name__, tuple(plans), memory=plan_memory(root, plans))
     note = "traced for this explanation, not compiled: weights are shown as they are now"
-    return Explanation(type(root).__name__, tuple(_trace(root, inputs)), note)
+    plans = _trace(root, inputs)
+    return Explanation(type(root).__name__, tuple(plans), note, plan_memory(root, plans))
 
 
 def _trace(root: nn.Module, inputs: dict[str, Any]) -> list[Plan]:

@@ -13,10 +13,13 @@ from typer.testing import CliRunner
 
 import unicorn_backend
 from tests.test_compile_cache import make  # the embedded model cut to two layers
+from unicorn_backend import doctor, measure, picture
 from unicorn_backend.__main__ import app
+from unicorn_backend.errors import OptionError
 from unicorn_backend.explanation import compare
 from unicorn_backend.partition import calibration, cost
 from unicorn_backend.partition.cost import Rates, interpolate, microseconds
+from unicorn_backend.partition.memory import plan_memory
 from unicorn_backend.plan import Measured, Plan, Step
 from unicorn_backend.timing import Event, assign
 
@@ -116,7 +119,7 @@ def test_times_go_to_the_plan_whose_ops_they_are() -> None:
     assert (folded.us, folded.count) == (2.5, 2) and folded.predicted_us == microseconds(LINEAR, 1, 0, RATES, True)
 
 
-def test_explain_shows_predicted_and_measured_times(sample_ids: torch.Tensor) -> None:
+def test_explain_shows_predicted_and_measured_times(sample_ids: torch.Tensor, tmp_path: Path) -> None:
     torch._dynamo.reset()
     compiled: Any = torch.compile(make(), backend="unicorn")
     ids = sample_ids[:, :9]
@@ -142,3 +145,29 @@ def test_explain_shows_predicted_and_measured_times(sample_ids: torch.Tensor) ->
     assert head["tokens"] == 1 and all(step["predicted_us"]["cpu"] > 0 for step in steps)
     ffn = next(step for step in steps if step["kind"] == "ffn")
     assert ffn["weights"] == [256 * 1024] * 3 and ffn["width"] == 256 + 1024 + 256
+
+    memory = shown["memory"]
+    assert 1e6 < memory["weights"] < 8e6 and memory["cache"] == measure.kv_bytes(compiled, 512) > 0
+    assert memory["ram"] > memory["ram_free"] > 0 and "memory: weights" in before
+    for ending, start in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        picture.draw(explanation, tmp_path / f"plan{ending}")
+        assert (tmp_path / f"plan{ending}").read_bytes().startswith(start)
+    with pytest.raises(OptionError, match=r"plan.pdf.*\.png or \.svg"):
+        picture.draw(explanation, tmp_path / "plan.pdf")
+
+
+def test_memory_counts_a_region_once_and_warns_beyond_ram(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_null = dataclasses.replace(LINEAR, device="null", weight_bytes=1000)
+    plans = [Plan(1, "dynamic", [on_null]), Plan(2, "1", [on_null, dataclasses.replace(on_null, where="other")])]
+    found = plan_memory(torch.nn.Linear(4, 4), plans)
+    assert found.devices == {"null": (2000, 0)} and found.cache == 0 and found.weights == 80
+    assert "null: 2.0 kB of weights" in str(found) and "swap" not in str(found)
+    monkeypatch.setattr("unicorn_backend.partition.memory.ram", lambda: (50, 40))
+    assert "will swap" in str(plan_memory(torch.nn.Linear(4, 4), []))
+
+
+def test_doctor_tells_the_state_of_the_calibration(short: Path) -> None:
+    assert (doctor.check_calibration().status, doctor.check_calibration().fix[:17]) == ("info", "unicorn calibrate")
+    calibration.calibrate()
+    check = doctor.check_calibration()
+    assert check.status == "ok" and "0 days old, memory read" in check.found

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import http.client
+import io
 import json
+import time
 from typing import Any
 
 import openai
 import pytest
+from rich.console import Console
 
 from unicorn_backend.generation.engine import Result, Settings, TokenLogprob
+from unicorn_backend.server.run import live_line
 from unicorn_backend.server.tools import parse_tools
 
 ASK: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Tell me of the film"}]}
@@ -200,7 +204,13 @@ def test_health_metrics_and_page(server: Any, client: openai.OpenAI) -> None:
         'unicorn_requests_total{path="/v1/chat/completions",status="200"}',
     ):
         assert name in text
-    assert json.loads(get(server, "/stats")[1])["model"] == "tiny"
+    stats = json.loads(get(server, "/stats")[1])
+    assert stats["model"] == "tiny" and stats["generated_tokens"] >= stats["recent_tokens_per_second"] > 0
+    assert stats["prompt_tokens"] > 0 and "GB/s" in stats["speed"]
+    screen = Console(file=io.StringIO(), force_terminal=True, width=200)
+    with live_line(server, screen, every_s=0.01):
+        time.sleep(0.3)
+    assert "running False, waiting 0" in screen.file.getvalue() and "tok/s" in screen.file.getvalue()
     assert "<title>unicorn</title>" in get(server, "/")[1]
 
 

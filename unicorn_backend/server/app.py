@@ -106,9 +106,8 @@ class Server:
             "context": self.engine.context,
             **self.worker.describe(),
             "recent_tokens_per_second": self.metrics.recent_rate(),
-            "generated_tokens": self.metrics.new_tokens._value.get(),
-            "prompt_tokens": self.metrics.prompt_tokens._value.get(),
-            "reused_tokens": self.metrics.reused_tokens._value.get(),
+            **self.metrics.totals(),
+            "speed": self.metrics.speed(),
             "prefixes": self.engine.prefixes.describe(),
         }
 

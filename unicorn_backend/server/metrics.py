@@ -78,5 +78,15 @@ class Metrics:
             self._recent.popleft()
         return sum(count for _, count in self._recent) / RECENT_S
 
+    def totals(self) -> dict[str, int]:
+        """Tokens since the start."""
+        names = ("generated_tokens", "prompt_tokens", "reused_tokens")
+        return {name: int(self.registry.get_sample_value(f"unicorn_{name}_total") or 0) for name in names}
+
+    def speed(self) -> str:
+        """Of the last minute: tokens/s, GB/s and their share of the memory ceiling; and memory now."""
+        rate = self.recent_rate()
+        return self.engine.meter.describe(rate, rate, 0)
+
     def text(self) -> bytes:
         return generate_latest(self.registry)

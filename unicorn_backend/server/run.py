@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import socket
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import uvicorn
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
 
 from unicorn_backend.errors import OptionError
 from unicorn_backend.generation.engine import Engine
@@ -18,9 +24,19 @@ CONNECTIONS = 2000
 
 
 def serve(
-    engine: Engine, host: str, port: int, limits: Limits, api_key: str = "", speculate: bool = False, name: str = ""
+    engine: Engine,
+    host: str,
+    port: int,
+    limits: Limits,
+    api_key: str = "",
+    speculate: bool = False,
+    name: str = "",
+    monitor: bool = False,
 ) -> None:
-    """Listen, compile, answer; returns after Ctrl-C or SIGTERM. Raises OptionError if the address is taken."""
+    """Listen, compile, answer; returns after Ctrl-C or SIGTERM. Raises OptionError if the address is taken.
+
+    monitor: a live line of the last minute's speed on stderr, where that is a terminal.
+    """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -39,4 +55,25 @@ def serve(
         config = uvicorn.Config(
             server.app, log_level="warning", limit_concurrency=CONNECTIONS, timeout_keep_alive=30, backlog=CONNECTIONS
         )
-        uvicorn.Server(config).run(sockets=[listener])
+        with live_line(server) if monitor else nullcontext():
+            uvicorn.Server(config).run(sockets=[listener])
+
+
+@contextmanager
+def live_line(server: Server, console: Console | None = None, every_s: float = 0.5) -> Iterator[None]:
+    """Requests that run and wait, and the speed of the last minute, refreshed on one line."""
+    stop = threading.Event()
+    with Live(console=console or Console(stderr=True), auto_refresh=False) as live:
+
+        def refresh() -> None:
+            while not stop.wait(every_s):
+                requests = ", ".join(f"{name} {value}" for name, value in server.worker.describe().items())
+                live.update(Text(f"{requests} · last minute: {server.metrics.speed()}", style="dim"), refresh=True)
+
+        thread = threading.Thread(target=refresh, name="unicorn-monitor", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
