@@ -13,6 +13,7 @@ from unicorn_backend.partition.cost import Rates
 from unicorn_backend.plan import Plan
 
 FORMATS = (".png", ".svg")
+KINDS = ("embedding", "qkv", "attention", "ffn", "norm", "linear")  # each has its colour
 
 
 def draw(explanation: Explanation, path: Path) -> None:
@@ -31,7 +32,7 @@ def draw(explanation: Explanation, path: Path) -> None:
     plans = [plan for plan in explanation.plans if plan.steps]
     _times(times, plans, rates)
     _roofline(roof, plans, rates)
-    figure.suptitle(f"{explanation.model}; predictions {rates.source}, {rates.threads} threads")
+    figure.suptitle(f"{explanation.model}; rates {rates.source}, {rates.threads} threads")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
@@ -49,7 +50,9 @@ def _times(axes: Any, plans: list[Plan], rates: Rates) -> None:
     base = [0.0] * len(plans)
     for kind in dict.fromkeys(kind for found in sums for kind in found):
         shares = [found[kind] / max(sum(found.values()), 1e-9) for found in sums]
-        axes.bar(names, shares, bottom=base, label=kind, width=0.5)
+        colour = f"C{KINDS.index(kind.split(',')[0])}"
+        hatch = None if kind.endswith(", cpu") else "//"
+        axes.bar(names, shares, bottom=base, label=kind, width=0.5, color=colour, hatch=hatch)
         base = [a + b for a, b in zip(base, shares, strict=True)]
     for number, found in enumerate(sums):
         axes.annotate(f"{sum(found.values()) / 1e3:.2f} ms", (number, 1.0), ha="center", va="bottom")
@@ -74,10 +77,10 @@ def _roofline(axes: Any, plans: list[Plan], rates: Rates) -> None:
             step = next(s for s in plan.steps if s.kind == found.kind)
             if step.weight_bytes:
                 seen[found.kind, found.tokens] = (step, found.us, "full")
-        for number, ((kind, tokens), (step, us, style)) in enumerate(seen.items()):
+        for (kind, tokens), (step, us, style) in seen.items():
             operations = 2 * tokens * sum(step.weights)
             point = (operations / step.weight_bytes, operations / us / 1e3)
-            axes.plot(*point, "o", color=f"C{number % 10}", fillstyle=style)
+            axes.plot(*point, "o", color=f"C{KINDS.index(kind)}", fillstyle=style)
             axes.annotate(f"{kind} {tokens}", point, xytext=(5, -9), textcoords="offset points", fontsize="small")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte of weights", ylabel="GOPS")
     axes.set_title("hollow: predicted, full: measured", fontsize="small")
