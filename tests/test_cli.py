@@ -23,6 +23,7 @@ COMMANDS = (
     "demo",
     "run",
     "chat",
+    "calibrate",
     "doctor",
     "download",
     "serve",
@@ -254,6 +255,14 @@ def test_explain_shows_both_graphs() -> None:
     plans = call_json("explain")["plans"]
     assert len(plans) >= 2
     assert all(any(step["kind"] == "ffn" for step in plan["steps"]) for plan in plans)
+
+
+def test_explain_places_measures_and_draws(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.svg"
+    found = call_json("explain", "--device", "null", "--policy", "fixed", "--measure", "9", "--plot", str(picture))
+    measured = {(m["kind"], m["device"], m["tokens"]) for plan in found["plans"] for m in plan["measured"]}
+    assert {("ffn", "null", 1), ("ffn", "null", 9), ("norm", "cpu", 1)} <= measured and picture.stat().st_size > 10_000
+    assert found["memory"]["devices"]["null"][0] > 1e6
 
 
 def test_bench_measures_and_writes_json(tmp_path: Path) -> None:

@@ -365,14 +365,18 @@ def explain(
     measure: Annotated[
         int, typer.Option("--measure", min=0, metavar="TOKENS", help="Also time the regions, after such a prompt.")
     ] = 0,
+    device: Annotated[list[str] | None, typer.Option(help="Beside the CPU: vulkan, vulkan:780M, npu; repeat.")] = None,
+    policy: Annotated[str, typer.Option(help="speed, power or fixed.")] = "speed",
     plot: Annotated[Path | None, typer.Option(help="Also draw it here, .png or .svg (extra `plot`).")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what the backend takes of a model, where, for how long by prediction, and what it leaves and why.
 
-    Examples: `unicorn explain -m google/gemma-3-4b-it`, `unicorn explain -m gemma3-1b --measure 128 --plot plan.svg`
+    Examples: `unicorn explain -m google/gemma-3-4b-it`, `unicorn explain -m gemma3-1b --measure 128 --plot plan.svg`,
+    `unicorn explain --device vulkan --policy power`
     """
-    compiled: Any = torch.compile(models.load(model), backend="unicorn", options={"recipe": recipe})
+    options: Any = {"recipe": recipe, "devices": ("cpu", *(device or ())), "policy": policy}
+    compiled: Any = torch.compile(models.load(model), backend="unicorn", options=options)
 
     def generate(tokens: int, new: int) -> None:
         ids = models.sample_ids(tokens, model)

@@ -79,8 +79,8 @@ def short(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(cost, "TOKENS", (1, 8, 16))
     monkeypatch.setattr(calibration, "calibrate_cpu", lambda: measure(("w4g32", "w8c", "w8a"), 8 << 20))
     monkeypatch.setenv("UNICORN_CACHE", "1")
-    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path))
-    return tmp_path
+    monkeypatch.setenv("UNICORN_CACHE_DIR", str(tmp_path / "new"))
+    return tmp_path / "new"
 
 
 def test_a_calibration_is_kept_for_this_machine_and_replaced(short: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,6 +89,7 @@ def test_a_calibration_is_kept_for_this_machine_and_replaced(short: Path, monkey
     found = json.loads(run.output)
     (file,) = short.glob("calibration/cpu-*.json")
     assert run.exit_code == 0 and found["files"] == {"cpu": str(file)}
+    assert short.stat().st_mode & 0o77 == 0, "or the compile cache would not use it"
     rates = calibration.rates()
     assert not rates.estimated and rates.threads == torch.get_num_threads()
     assert set(rates.cold) == {"w4g32", "w8c", "w8a"} and set(rates.cold["w8c"]) == {1, 8, 16}

@@ -208,7 +208,8 @@ def store(device: str, about: dict[str, Any], seconds: float, rates: Any) -> Pat
     path = file_of(device, about)
     if path is None:
         return None
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    for folder in (path.parent.parent, path.parent):  # the compile cache refuses a folder that is open to others
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     kept = Stored(about, time.strftime(DATE, time.gmtime()), round(seconds, 1), dataclasses.asdict(rates))
     work = path.with_suffix(".writing")
     work.write_text(json.dumps({"schema": SCHEMA, "calibration": dataclasses.asdict(kept)}, indent=1) + "\n")
