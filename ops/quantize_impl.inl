@@ -515,21 +515,22 @@ unicorn::Noise w8_noise_tiles(const QuantizeArgs& a, int64_t begin, int64_t end)
   GroupRows rows;
   for (int64_t i = begin; i < end; ++i)
     for (int64_t g = 0; g < k32; ++g) {
-      const uint8_t* tile = a.packed + (i * k32 + g) * 512;
       find_group<T>(a, i, g, rows);
-      GroupNoise sums;
-      for (int r = 0; r < kRows; ++r) {
-        const float s = static_cast<const float*>(a.scale)[i * kRows + r];
-        const float zero = a.zero ? float(a.zero[i * kRows + r]) : 128.0f;
-        for (int first = 0; first < kGroup; first += kLanes) {
-          alignas(16) uint8_t bytes[kLanes];
-          for (int c = 0; c < kLanes / 4; ++c) std::memcpy(bytes + 4 * c, tile + (first / 4 + c) * 64 + 4 * r, 4);
-          const VF q = __builtin_convertvector(load<VB>(bytes), VF);
-          // Padding has bytes of value zero, as the weight has zeros there.
-          sums.add(load_row<T>(rows.row[r] + first * kBytes<T>), (q - zero) * s);
+      for (int first = 0; first < kRows; first += kLanes) {
+        const uint8_t* tile = a.packed + (i * k32 + g) * 512 + 4 * first;
+        const VF s = load<VF>(static_cast<const float*>(a.scale) + i * kRows + first);
+        VF zero = splat(128.0f);
+        if (a.zero) zero = __builtin_convertvector(load<VB>(a.zero + i * kRows + first), VF);
+        VF x[kGroup];
+        load_transposed<T>(rows, first, x);
+        GroupNoise sums;
+        // Padding has bytes of value zero, as the weight has zeros there.
+        for (int k = 0; k < kGroup; ++k) {
+          const VI byte = (load<VI>(tile + 64 * (k / 4)) >> (8 * (k % 4))) & 255;
+          sums.add(x[k], (__builtin_convertvector(byte, VF) - zero) * s);
         }
+        sums.flush(total);
       }
-      sums.flush(total);
     }
   return total;
 }
