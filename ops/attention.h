@@ -6,11 +6,12 @@
 
 namespace unicorn {
 
-enum class DType : int { f32 = 0, bf16 = 1, f16 = 2 };
+enum class DType : int { f32 = 0, bf16 = 1, f16 = 2, i8 = 3 };  // i8: of K and V only
 enum class MaskKind : int { none = 0, boolean = 1, f32 = 2, bf16 = 3, f16 = 4 };
 
 // out[b, t, h, :] = softmax(softcap(scale * q k^T) + mask) v, fp32 inside.
-// Strides are in elements; the last dimension of q, k and v is dense.
+// Strides are in elements; the last dimension of q, k and v is dense. With i8 a row of k or v is D int8 and then their
+// scale in fp32 (not aligned), and q is fp32.
 struct AttentionArgs {
   const void* q;        // [B, H, T, D]
   const void* k;        // [B, Hkv, S, D]

@@ -15,6 +15,7 @@ template <DType T, int R>
 void decode_scores_tile(const typename Element<T>::type* k, const typename Element<T>::type* v, int64_t n,
                         const float* q, int64_t ldq, float* x, int64_t ldx) {
   constexpr int step = Dot<T>::step, parts = 4 / R;  // four sums at a time hide the latency of the addition
+  const float scale = scale_of<T>(k, n);
   vf c[4];
 #pragma GCC unroll 8
   for (int i = 0; i < 4; ++i) c[i] = set1(0.0f);
@@ -38,7 +39,7 @@ void decode_scores_tile(const typename Element<T>::type* k, const typename Eleme
   for (int i = 0; i < R; ++i) {
     float y = sums[i * parts];
     for (int j = 1; j < parts; ++j) y += sums[i * parts + j];
-    x[i * ldx] = y;
+    x[i * ldx] = T == DType::i8 ? y * scale : y;
   }
 }
 
@@ -56,9 +57,11 @@ void decode_values_tile(const AttentionArgs& a, const void* v, int64_t lo, int64
     vf y[C];
 #pragma GCC unroll 8
     for (int j = 0; j < C; ++j) y[j] = C > 1 || a.Dv - d >= W ? load_as<T>(p + j * W) : load_part<T>(p, a.Dv - d);
+    const float scale = scale_of<T>(p - d, a.Dv);
 #pragma GCC unroll 8
     for (int i = 0; i < R; ++i) {
-      const vf w = set1(x[i * ldx + s]);
+      const float weight = x[i * ldx + s];
+      const vf w = set1(T == DType::i8 ? weight * scale : weight);
 #pragma GCC unroll 8
       for (int j = 0; j < C; ++j) c[i][j] = fma(w, y[j], c[i][j]);
     }

@@ -27,7 +27,9 @@ void unicorn::UNICORN_ATTENTION(const AttentionArgs& a) {
     run_as<DType::f32>(a, p);
   } else if (a.dtype == DType::bf16) {
     run_as<DType::bf16>(a, p);
-  } else {
+  } else if (a.dtype == DType::f16) {
     run_as<DType::f16>(a, p);
+  } else {
+    run_as<DType::i8>(a, p);
   }
 }

@@ -59,6 +59,7 @@ float half_to_float(uint16_t h) {
 }
 
 vf load_bf16(const uint16_t* p) { return (vf)(vi{p[0] << 16, p[1] << 16, p[2] << 16, p[3] << 16}); }
+vf load_i8(const int8_t* p) { return vf{float(p[0]), float(p[1]), float(p[2]), float(p[3])}; }
 vf load_f16(const uint16_t* p) {
   return vf{half_to_float(p[0]), half_to_float(p[1]), half_to_float(p[2]), half_to_float(p[3])};
 }

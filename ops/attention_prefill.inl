@@ -67,6 +67,7 @@ void pack_keys(const AttentionArgs& a, const void* k, int64_t s, int64_t n, floa
     for (int i = 0; i < W; ++i) {
       const auto* p = row_of<T>(k, (s + i < n ? s + i : n - 1) * a.k_stride[2] + d);
       r[i] = a.D - d >= step ? Dot<T>::load(p) : Dot<T>::part(p, a.D - d);
+      if (T == DType::i8) r[i] = r[i] * set1(scale_of<T>(p - d, a.D));
     }
     transpose(r);
     for (int i = 0; i < W; ++i, out += kWide) store(out, r[i]);
@@ -78,8 +79,11 @@ template <DType T>
 void pack_values(const AttentionArgs& a, const void* v, int64_t lo, int64_t hi, float* out) {
   for (int64_t s = lo; s < hi; ++s) {
     const auto* p = row_of<T>(v, s * a.v_stride[2]);
-    for (int64_t d = 0; d < a.Dv; d += W)
-      store(out + (d / kWide * kKeyBlock + s) * kWide + d % kWide, load_upto<T>(p + d, a.Dv - d));
+    const vf scale = set1(scale_of<T>(p, a.Dv));
+    for (int64_t d = 0; d < a.Dv; d += W) {
+      const vf y = load_upto<T>(p + d, a.Dv - d);
+      store(out + (d / kWide * kKeyBlock + s) * kWide + d % kWide, T == DType::i8 ? y * scale : y);
+    }
   }
 }
 

@@ -53,6 +53,11 @@ struct Element<DType::f32> {
   typedef float type;
 };
 
+template <>
+struct Element<DType::i8> {
+  typedef int8_t type;
+};
+
 template <DType T>
 const typename Element<T>::type* row_of(const void* base, int64_t offset) {
   return static_cast<const typename Element<T>::type*>(base) + offset;
@@ -64,9 +69,19 @@ vf load_as(const typename Element<T>::type* p) {
     return load(p);
   } else if constexpr (T == DType::bf16) {
     return load_bf16(p);
-  } else {
+  } else if constexpr (T == DType::f16) {
     return load_f16(p);
+  } else {
+    return load_i8(p);
   }
+}
+
+// What the n elements of a row of K or V are multiplied by.
+template <DType T>
+float scale_of(const typename Element<T>::type* row, int64_t n) {
+  float scale = 1.0f;
+  if constexpr (T == DType::i8) __builtin_memcpy(&scale, row + n, sizeof(scale));
+  return scale;
 }
 
 // The first n < W elements, then zeros.
@@ -255,8 +270,9 @@ int64_t lanes(int64_t d) {
   return ceil_div(d, Dot<T>::step) * W;
 }
 
-template <DType T>
+template <DType K>
 void pack_query(const void* base, int64_t offset, int64_t d, float* out) {
+  constexpr DType T = K == DType::i8 ? DType::f32 : K;
   const auto* p = row_of<T>(base, offset);
   constexpr int step = Dot<T>::step;
   for (int64_t i = 0; i < d; i += step, out += W)

@@ -12,6 +12,7 @@
 #include <memory>
 #include <optional>
 
+#include "layouts.h"
 #include "pages.h"
 
 namespace unicorn {
@@ -181,6 +182,49 @@ Tensor last_rows(const Tensor& x, int64_t count) {
   return show(buffer, shape, 0, kept, x.dtype());
 }
 
+// Rows as int8 and one fp32 scale, which stands in the last four bytes of a row.
+
+Tensor quantize_rows(const Tensor& x) {
+  const auto type = x.scalar_type();
+  TORCH_CHECK(x.dim() == 4 && x.device().is_cpu() && x.size(3) > 0 &&
+                  (type == at::kFloat || type == at::kBFloat16 || type == at::kHalf),
+              "unicorn::quantize_rows: got ", x.sizes(), " ", type, " on ", x.device(),
+              ", expected [B, H, T, D] of bfloat16, float16 or float32 on the CPU");
+  const Tensor rows = x.to(at::kFloat).contiguous();
+  const int64_t width = x.size(3), count = rows.numel() / width;
+  Tensor out = at::empty({x.size(0), x.size(1), x.size(2), width + kRowScale}, x.options().dtype(at::kChar));
+  const float* from = rows.const_data_ptr<float>();
+  int8_t* to = out.mutable_data_ptr<int8_t>();
+  for (int64_t row = 0; row < count; ++row, from += width, to += width + kRowScale) {
+    uint32_t most = 0;  // of the bits without their sign: a NaN counts as largest
+    for (int64_t i = 0; i < width; ++i) {
+      uint32_t bits;
+      std::memcpy(&bits, from + i, sizeof(bits));
+      bits &= 0x7fffffff;
+      most = bits > most ? bits : most;
+    }
+    float largest;
+    std::memcpy(&largest, &most, sizeof(largest));
+    const bool finite = most < 0x7f800000, some = largest >= 1e-36f;  // below, 127 / largest would overflow
+    const float scale = finite && !some ? 0.0f : largest / 127.0f, inverse = finite && some ? 127.0f / largest : 0.0f;
+    for (int64_t i = 0; i < width; ++i) {
+      const float y = from[i] * inverse;
+      to[i] = finite ? static_cast<int8_t>(static_cast<int32_t>((y + 12582912.0f) - 12582912.0f)) : int8_t(0);
+    }
+    std::memcpy(to + width, &scale, sizeof(scale));
+  }
+  return out;
+}
+
+Tensor dequantize_rows(const Tensor& rows, at::ScalarType dtype) {
+  TORCH_CHECK(rows.dim() == 4 && rows.scalar_type() == at::kChar && rows.size(3) > kRowScale && rows.device().is_cpu(),
+              "unicorn::dequantize_rows: got ", rows.sizes(), " ", rows.scalar_type(), " on ", rows.device(),
+              ", expected what unicorn::quantize_rows gave");
+  const Tensor values = rows.narrow(3, 0, rows.size(3) - kRowScale).to(at::kFloat);
+  const Tensor scales = rows.narrow(3, rows.size(3) - kRowScale, kRowScale).contiguous().view(at::kFloat);
+  return (values * scales).to(dtype);
+}
+
 // The windows of static caches: [B, H, L, D], contiguous, rows in the order of the tokens.
 
 void check_window(const char* op, const Tensor& cache, const Tensor& rows) {
@@ -216,6 +260,8 @@ void set_window_(Tensor& cache, const Tensor& full) {
 
 TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
   m.impl("append_rows", &unicorn::append_rows);
+  m.impl("quantize_rows", &unicorn::quantize_rows);
+  m.impl("dequantize_rows", &unicorn::dequantize_rows);
   m.impl("last_rows", &unicorn::last_rows);
   m.impl("push_window_", &unicorn::push_window_);
   m.impl("set_window_", &unicorn::set_window_);

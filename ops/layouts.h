@@ -8,6 +8,7 @@ namespace unicorn {
 
 constexpr int64_t kRows = 16;           // rows of a weight tile, one int32 lane each
 constexpr int64_t kGroup = 32;          // k per group: one scale of activations
+constexpr int64_t kRowScale = 4;        // bytes of the scale after an int8 row of K or V
 constexpr int64_t kBlock = 16;          // tokens of an activation block
 constexpr int64_t kW4GroupBytes = 256;  // 16 rows x 32 nibbles
 constexpr int64_t kW8GroupBytes = 512;

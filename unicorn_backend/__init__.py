@@ -28,6 +28,7 @@ from unicorn_backend.integration import autoload as _autoload
 if TYPE_CHECKING:
     from unicorn_backend.explanation import Explanation, explain
     from unicorn_backend.integration.hf_quantizer import UnicornConfig
+    from unicorn_backend.integration.int8_cache import Int8Cache
     from unicorn_backend.options import Options
     from unicorn_backend.quantize.recipe import Recipe, recipes
     from unicorn_backend.quantize.rewrite import quantization_report, quantize, restore
@@ -41,6 +42,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "Explanation": "explanation",
+    "Int8Cache": "integration.int8_cache",
     "Options": "options",
     "Recipe": "quantize.recipe",
     "UnicornConfig": "integration.hf_quantizer",
@@ -68,6 +70,7 @@ __all__ = [
     "CheckFailedError",
     "CheckpointError",
     "Explanation",
+    "Int8Cache",
     "NativeLibraryError",
     "OptionError",
     "Options",

@@ -51,6 +51,7 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Option("--model", "-m", help="Local folder, hub id, tiny, gemma3-1b or gemma3-4b.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Quantization recipe.")]
+Kv = Annotated[str, typer.Option("--kv", help="Keys and values: model (the model's dtype) or int8 (half the memory).")]
 MinTop1 = Annotated[
     float, typer.Option("--min-top1", min=0.0, max=1.0, help="Exit with 1 if a smaller share of tokens stays first.")
 ]
@@ -81,6 +82,7 @@ def run(
     prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from the standard input.")],
     model: Model = "tiny",
     recipe: Recipe = "default",
+    kv: Kv = "model",
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -94,7 +96,7 @@ def run(
     Examples: `unicorn run "The film is a"`, `unicorn run --chat -m google/gemma-3-4b-it "What is a unicorn?"`,
     `unicorn run --speculate - < letter.txt`
     """
-    engine = Engine(model, recipe)
+    engine = Engine(model, recipe, kv=kv)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat:
         ids = engine.encode_rendered(engine.render([{"role": "user", "content": text}]))
@@ -131,6 +133,7 @@ def run_report(result: Result) -> dict[str, Any]:
 def chat_command(
     model: Model = "tiny",
     recipe: Recipe = "default",
+    kv: Kv = "model",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.7,
@@ -144,7 +147,7 @@ def chat_command(
 
     Examples: `unicorn chat`, `unicorn chat -m google/gemma-3-4b-it --system "Answer in one sentence."`
     """
-    engine = Engine(model, recipe)
+    engine = Engine(model, recipe, kv=kv)
     settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate)
     conversation = Conversation(engine, settings)
     conversation.system(system)
@@ -157,6 +160,7 @@ def chat_command(
 def serve(
     model: Model = "tiny",
     recipe: Recipe = "default",
+    kv: Kv = "model",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str, typer.Option(help="Name of the model for clients; the last part of --model without.")] = "",
@@ -179,7 +183,7 @@ def serve(
         from unicorn_backend.server import run as server
     except ModuleNotFoundError as error:
         raise OptionError(f"serve needs {error.name}: pip install 'unicorn-backend[serve]'") from error
-    engine = Engine(model, recipe, prefix_bytes=prefix_mb << 20)
+    engine = Engine(model, recipe, kv=kv, prefix_bytes=prefix_mb << 20)
     limits = server.Limits(queue, per_client, max_body, max_tokens)
     server.serve(engine, host, port, limits, api_key or environment_api_key(), speculate, name, monitor)
 

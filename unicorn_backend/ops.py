@@ -97,6 +97,7 @@ LIBRARY.define(
 # mask: None, bool (True = attend) or float (added), broadcastable to [B, H, T, S];
 # causal: query t sees keys s <= t + (S - T) ("bottom right"); with mask both apply.
 # softcap 0.0 = off, else logits = softcap * tanh(logits / softcap) before the mask is added.
+# k and v may be int8 rows from quantize_rows, [.., D + 4] and [.., Dv + 4]; they are read as such, all else is fp32.
 # A row with every key masked gives zeros. residual [B, T, n] or None -> [B, T, n].
 LIBRARY.define(
     "int8_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, float softcap, "
@@ -117,6 +118,12 @@ LIBRARY.define(
 # last_rows: the last min(S, count) rows of x.
 LIBRARY.define("append_rows(Tensor past, Tensor rows, SymInt filled, SymInt keep) -> Tensor")
 LIBRARY.define("last_rows(Tensor x, SymInt count) -> Tensor")
+
+# quantize_rows: bfloat16, float16 or float32 [B, H, S, D] -> int8 [B, H, S, D + 4]: D values and the bytes of their
+# scale, fp32 = max |x| / 127. A row that is not finite gets a scale that is not finite.
+# dequantize_rows: back, in `dtype`.
+LIBRARY.define("quantize_rows(Tensor x) -> Tensor")
+LIBRARY.define("dequantize_rows(Tensor rows, ScalarType dtype) -> Tensor")
 
 # The window of a static cache, [B, H, L, D], contiguous, tokens in order, in place.
 # push_window_: it holds the last min(seen, L) tokens; appends one, dropping the oldest if it is full.
@@ -233,6 +240,19 @@ def _append_rows_fake(past: Tensor, rows: Tensor, filled: int, keep: int) -> Ten
 @torch.library.register_fake("unicorn::last_rows")
 def _last_rows_fake(x: Tensor, count: int) -> Tensor:
     return _with_room(x, torch.sym_min(x.shape[2], count))
+
+
+ROW_SCALE = 4  # bytes of the scale after an int8 row of K or V
+
+
+@torch.library.register_fake("unicorn::quantize_rows")
+def _quantize_rows_fake(x: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], x.shape[-1] + ROW_SCALE), dtype=torch.int8)
+
+
+@torch.library.register_fake("unicorn::dequantize_rows")
+def _dequantize_rows_fake(rows: Tensor, dtype: torch.dtype) -> Tensor:
+    return rows.new_empty((*rows.shape[:-1], rows.shape[-1] - ROW_SCALE), dtype=dtype)
 
 
 torch.library.register_fake("unicorn::push_window_", lambda cache, row, seen: None)

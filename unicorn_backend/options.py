@@ -12,6 +12,7 @@ from typing import Any
 from unicorn_backend.errors import OptionError
 
 DEVICES = ("cpu", "vulkan", "npu", "null")  # null: for tests, records calls
+KV = ("model", "int8")
 POLICIES = ("speed", "power", "fixed")
 
 
@@ -75,6 +76,8 @@ class Options:
     keep_weights: keep the original float weights, so that `unicorn_backend.restore(model)` can
         put them back (costs their memory).
     cache: keep compiled graphs on disk for the next process.
+    kv: K and V of `generate()`: "model" keeps them in the model's dtype, "int8" as int8 with a scale per row
+        (`Int8Cache`) where the call names no cache of its own.
     """
 
     recipe: str | None = None
@@ -83,6 +86,7 @@ class Options:
     strict: bool = False
     keep_weights: bool = False
     cache: bool = True
+    kv: str = "model"
 
     def __post_init__(self) -> None:
         from unicorn_backend.quantize.recipe import recipes
@@ -96,6 +100,8 @@ class Options:
             raise OptionError(f"option 'devices': got {unknown[0]!r}, allowed are {', '.join(DEVICES)}")
         if self.policy not in POLICIES:
             raise OptionError(f"option 'policy': got {self.policy!r}, allowed are {', '.join(POLICIES)}")
+        if self.kv not in KV:
+            raise OptionError(f"option 'kv': got {self.kv!r}, allowed are {', '.join(KV)}")
         for name in ("strict", "keep_weights", "cache"):
             if not isinstance(getattr(self, name), bool):
                 raise OptionError(f"option {name!r}: got {getattr(self, name)!r}, allowed are True and False")

@@ -97,6 +97,23 @@ def int8_qkv(
     return q.to(x.dtype).contiguous(), k.to(x.dtype).contiguous(), v.to(x.dtype).contiguous()
 
 
+def quantize_rows(x: Tensor) -> Tensor:
+    """See `ops.py`. [.., D] -> int8 [.., D + 4]."""
+    largest = x.float().abs().amax(-1, keepdim=True)
+    tiny = largest < 1e-36
+    finite = largest.isfinite()
+    scale = torch.where(tiny, 0.0, largest / 127.0)
+    inverse = torch.full_like(largest, 127.0) / largest  # 127.0 / largest would be a reciprocal and a product
+    q = (x.float() * torch.where(tiny, 0.0, inverse)).round()
+    q = torch.where(finite, q, 0.0).to(torch.int8)
+    return torch.cat([q, scale.view(torch.int8)], -1)
+
+
+def dequantize_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """See `ops.py`. int8 [.., D + 4] -> [.., D]."""
+    return (rows[..., :-4].float() * rows[..., -4:].contiguous().view(torch.float32)).to(dtype)
+
+
 def int8_attention(
     q: Tensor,
     k: Tensor,
@@ -115,6 +132,7 @@ def int8_attention(
 ) -> Tensor:
     """See `ops.py`. -> [B, T, n]."""
     group = q.shape[1] // k.shape[1]
+    k, v = (dequantize_rows(t) if t.dtype == torch.int8 else t for t in (k, v))
     keys, values = (t.double().repeat_interleave(group, 1) for t in (k, v))
     logits = q.double() @ keys.transpose(-1, -2) * scale
     if softcap:

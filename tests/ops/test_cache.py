@@ -5,6 +5,7 @@ import gc
 import pytest
 import torch
 
+from unicorn_backend import reference
 from unicorn_backend.assets import load_native
 
 load_native()
@@ -115,3 +116,26 @@ def test_the_window_of_a_static_cache():
     assert torch.equal(cache, rows(7)[:, :, -4:])
     torch.ops.unicorn.set_window_(cache, rows(2, start=30))
     assert torch.equal(cache, torch.cat([rows(2, start=30), rows(7)[:, :, -2:]], dim=2))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("width", [1, 16, 100])
+def test_int8_rows_are_the_references(dtype, width):
+    x = (torch.randn(2, 3, 7, width) * torch.logspace(-6, 4, 7)[:, None]).to(dtype)
+    x[0, 0, 0] = 0
+    x[0, 0, 1, 0], x[0, 1, 1, 0] = torch.nan, torch.inf
+    packed = torch.ops.unicorn.quantize_rows(x)
+    assert torch.equal(packed[..., :-4], reference.quantize_rows(x)[..., :-4])
+    back = torch.ops.unicorn.dequantize_rows(packed, torch.float32)
+    assert torch.equal(back.nan_to_num(7), reference.dequantize_rows(reference.quantize_rows(x)).nan_to_num(7))
+    lost = ~back.isfinite().all(-1)
+    assert lost[0, 0, 1] and lost[0, 1, 1] and lost.sum() == 2  # a row that is not finite stays visible
+    step = x.float().abs().amax(-1, keepdim=True) / 127
+    assert bool(((back - x.float()).abs() <= step * 0.50001)[~lost].all())
+
+
+def test_int8_rows_of_other_tensors_are_refused():
+    with pytest.raises(RuntimeError, match=r"quantize_rows: got \[2, 3\] Float on cpu, expected \[B, H, T, D\]"):
+        torch.ops.unicorn.quantize_rows(torch.zeros(2, 3))
+    with pytest.raises(RuntimeError, match=r"dequantize_rows: got .* expected what unicorn::quantize_rows gave"):
+        torch.ops.unicorn.dequantize_rows(torch.zeros(1, 1, 1, 8), torch.float32)

@@ -103,19 +103,23 @@ class Engine:
         name: str | Path = "tiny",
         recipe: str = "default",
         *,
+        kv: str = "model",
         model: Any = None,
         tokenizer: Any = None,
         prefix_bytes: int = 1 << 30,
     ) -> None:
-        """name: folder, hub id, or a name of `unicorn_backend.models`; model, tokenizer: already loaded ones."""
+        """name: folder, hub id, or a name of `unicorn_backend.models`; model, tokenizer: already loaded ones.
+
+        kv: the option of that name (`options.py`).
+        """
         self.name = str(name)
         self.tokenizer = models.load_tokenizer(name) if tokenizer is None else tokenizer
         original = models.load(name) if model is None else model
         self.original = original
-        self.model: Any = torch.compile(original, backend="unicorn", options={"recipe": recipe})
+        self.model: Any = torch.compile(original, backend="unicorn", options={"recipe": recipe, "kv": kv})
         self.config = original.config.get_text_config()
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
-        self.prefixes = PrefixStore(original, prefix_bytes)
+        self.prefixes = PrefixStore(self.model, prefix_bytes)
         self._costs = Costs()
         self._lock = threading.Lock()
         self._meter: Meter | None = None

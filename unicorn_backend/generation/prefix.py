@@ -24,10 +24,15 @@ SLACK = 64
 
 
 def new_cache(model: Any) -> Any:
-    """An empty `DynamicCache` for a model, whose sliding layers remember what has left their window."""
+    """An empty cache for a model, of the kind its option `kv` names; sliding layers remember what left their window."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=getattr(model, "_orig_mod", model).config)
+    from unicorn_backend.integration.int8_cache import Int8Cache
+    from unicorn_backend.integration.torch_hooks import options_of
+
+    options = options_of(getattr(model, "dynamo_ctx", None))
+    kind = Int8Cache if options is not None and options.kv == "int8" else DynamicCache
+    cache = kind(config=getattr(model, "_orig_mod", model).config)
     cache.activate_past_recording()
     return cache
 
@@ -61,9 +66,11 @@ def cut(cache: Any, tokens: int) -> str:
 def _why_not(layer: Any, tokens: int) -> str:
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-    if type(layer) is DynamicLayer or not layer.is_initialized:
+    from unicorn_backend.integration.int8_cache import Int8Layer, Int8SlidingLayer
+
+    if type(layer) in (DynamicLayer, Int8Layer) or not layer.is_initialized:
         return ""
-    if type(layer) is not DynamicSlidingWindowLayer:
+    if type(layer) not in (DynamicSlidingWindowLayer, Int8SlidingLayer):
         return f"a layer keeps its past as {type(layer).__name__}, which cannot be cut"
     seen, held = layer.cumulative_length, layer.keys.shape[2]
     needed = min(seen - tokens, layer.sliding_window - 1)

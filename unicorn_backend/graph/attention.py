@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 
 from unicorn_backend.graph.ffn import whole_of
@@ -40,6 +41,7 @@ from unicorn_backend.graph.pattern import (
 from unicorn_backend.graph.region import Attention, Match, Qkv, rows_fit
 from unicorn_backend.graph.rotary import Rotation, as_rotation, rotation_of
 
+_ROWS = torch.ops.unicorn.dequantize_rows.default
 SDPA = aten.scaled_dot_product_attention.default
 
 
@@ -107,7 +109,7 @@ def _sdpa(node: Node) -> _Core | str:
     if causal and not same_size(shape(q)[2], shape(k)[2]):
         return "is_causal with more keys than queries (torch aligns it top left, our kernels bottom right)"
     scale = 1.0 / math.sqrt(width) if scale is None else scale
-    k, v = _unrepeat(k), _unrepeat(v)
+    k, v = _stored(k, v)
     return _Core(node, q, k, v, given.get("attn_mask"), causal, scale, 0.0)
 
 
@@ -132,7 +134,8 @@ def _eager(softmax: Node) -> _Core | str | None:
         return "the logits are not a scaled product of queries and keys plus a mask"
     q, k, scale, softcap = product
     q, k = (strip(one, *CASTS) for one in (q, k))  # the op computes in fp32 itself
-    return _Core(user, q, _unrepeat(k), _unrepeat(user.args[1]), mask, False, scale, softcap)
+    k, v = _stored(k, user.args[1])
+    return _Core(user, q, k, v, mask, False, scale, softcap)
 
 
 def _scores(node: Node) -> tuple[Node, Node, float, float] | None:
@@ -164,6 +167,14 @@ def _number_factor(node: Node) -> tuple[Node, float] | None:
     if is_op(node, aten.div.Tensor, aten.div.Scalar) and isinstance(node.args[1], (int, float)):
         return node.args[0], 1.0 / node.args[1]
     return None
+
+
+def _stored(k: Node, v: Node) -> tuple[Node, Node]:
+    """K and V with their own number of heads, and as int8 rows if that is what a cache holds."""
+    k, v = _unrepeat(k), _unrepeat(v)
+    if is_op(k, _ROWS) and is_op(v, _ROWS):
+        return k.args[0], v.args[0]
+    return k, v
 
 
 def _unrepeat(node: Node) -> Node:
@@ -212,7 +223,7 @@ def _bad_heads(core: _Core) -> str | None:
     if heads is None or kv_heads is None or heads % kv_heads or static(shape(core.v)[1]) != kv_heads:
         return f"{heads} query heads do not divide over {kv_heads} key and {shape(core.v)[1]} value heads"
     dtypes = [value(one).dtype for one in (core.q, core.k, core.v)]
-    if len(set(dtypes)) > 1:
+    if len(set(dtypes)) > 1 and dtypes[1:] != [torch.int8] * 2:
         return f"query, key and value differ in dtype: {', '.join(map(str, dtypes))}"
     if core.mask is not None and len(shape(core.mask)) not in (2, 3, 4):
         return f"mask has {len(shape(core.mask))} dimensions"

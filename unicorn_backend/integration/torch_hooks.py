@@ -128,10 +128,15 @@ def _generate(self: Any) -> Any:
     original: torch.nn.Module = self._orig_mod
     generate = getattr(original, "generate")  # noqa: B009  (AttributeError for modules that have none)
     compiled = original._compiled_call_impl  # ours from another torch.compile, maybe with other options, or the user's
-    if options_of(self.dynamo_ctx) is not None and getattr(compiled, _OWNER, None) is not self.dynamo_ctx:
+    options = options_of(self.dynamo_ctx)
+    if options is not None and getattr(compiled, _OWNER, None) is not self.dynamo_ctx:
         if compiled is not None and not hasattr(compiled, _OWNER):
             return generate
         original._compiled_call_impl = self.dynamo_ctx(original._call_impl)
         setattr(original._compiled_call_impl, _OWNER, self.dynamo_ctx)
         log.info("generate() of the compiled %s runs compiled", type(original).__name__)
+    if options is not None and options.kv == "int8":
+        from unicorn_backend.integration.int8_cache import with_int8_cache
+
+        return with_int8_cache(generate, original.config)
     return generate

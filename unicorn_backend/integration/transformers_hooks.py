@@ -14,9 +14,9 @@ tokens at once (transformers: the whole buffer, with a mask that hides the rest)
 
 from __future__ import annotations
 
+import functools
 import logging
 import sys
-from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +37,7 @@ def install() -> bool:
     layers = ((full, _full_methods, ()), (sliding, _sliding_methods, (4,)), (static, _static_methods, (9, 4)))
     for layer, methods, args in layers:
         tested: Any = type("_Tested", (layer,), methods(layer, eager=True))
-        if _agrees(partial(layer, *args), partial(tested, *args)):
+        if _agrees(functools.partial(layer, *args), functools.partial(tested, *args)):
             continue
         log.warning(
             "transformers %s changed its caches: expect up to 4 more graphs when a window fills, and slower decoding",
@@ -70,42 +70,54 @@ def _growing(layer: type, visible: Any, *, eager: bool) -> dict[str, Any]:
         if not (ours and (eager or torch.compiler.is_compiling())):
             result: tuple[Tensor, Tensor] = plain(self, key_states, value_states, *args, **kwargs)
             return result
-        grown = []
-        tokens = key_states.shape[-2]
-        keep, shown = visible(self, tokens)
-        for past, new in ((self.keys, key_states), (self.values, value_states)):
-            if self.is_initialized and past.dim() == new.dim():
-                grown.append(torch.ops.unicorn.append_rows(past, new, past.shape[-2], past.shape[-2]))
-            else:
-                grown.append(torch.ops.unicorn.last_rows(new, tokens))
-        if not self.is_initialized:  # what lazy_initialization does, without making empty tensors
-            self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        if keep is None:
-            self.keys, self.values = grown
-        else:
-            self.keys, self.values = (torch.ops.unicorn.last_rows(t, keep) for t in grown)
-        if shown is None:
-            return grown[0], grown[1]
-        return torch.ops.unicorn.last_rows(grown[0], shown), torch.ops.unicorn.last_rows(grown[1], shown)
+        return growing_update(self, key_states, value_states, functools.partial(visible, self))
 
     return {"update": update}
 
 
+def growing_update(self: Any, key_states: Tensor, value_states: Tensor, visible: Any) -> tuple[Tensor, Tensor]:
+    """Append to a layer's rows. `visible(tokens)` -> how many of the latest are kept, and how many are returned."""
+    grown = []
+    tokens = key_states.shape[-2]
+    keep, shown = visible(tokens)
+    for past, new in ((self.keys, key_states), (self.values, value_states)):
+        if self.is_initialized and past.dim() == new.dim():
+            grown.append(torch.ops.unicorn.append_rows(past, new, past.shape[-2], past.shape[-2]))
+        else:
+            grown.append(torch.ops.unicorn.last_rows(new, tokens))
+    if not self.is_initialized:  # what lazy_initialization does, without making empty tensors
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+    if keep is None:
+        self.keys, self.values = grown
+    else:
+        self.keys, self.values = (torch.ops.unicorn.last_rows(t, keep) for t in grown)
+    if shown is None:
+        return grown[0], grown[1]
+    return torch.ops.unicorn.last_rows(grown[0], shown), torch.ops.unicorn.last_rows(grown[1], shown)
+
+
+def keep_all(self: Any, tokens: int) -> tuple[int | None, int | None]:
+    """What a full layer keeps and shows: everything."""
+    return None, None
+
+
+def keep_window(self: Any, tokens: int) -> tuple[int | None, int | None]:
+    """What a sliding layer keeps and shows."""
+    self.cumulative_length += tokens
+    past = self.sliding_window - 1
+    return (None, past + tokens) if self.record_past else (past, None)
+
+
 def _full_methods(layer: type, *, eager: bool) -> dict[str, Any]:
-    return _growing(layer, lambda self, tokens: (None, None), eager=eager)
+    return _growing(layer, keep_all, eager=eager)
 
 
 def _sliding_methods(layer: type, *, eager: bool) -> dict[str, Any]:
-    def visible(self: Any, tokens: int) -> tuple[int | None, int | None]:
-        self.cumulative_length += tokens
-        past = self.sliding_window - 1
-        return (None, past + tokens) if self.record_past else (past, None)
-
     def get_mask_sizes(self: Any, query_length: int) -> tuple[int, int]:
         past = self.sliding_window - 1
         return min(self.cumulative_length, past) + query_length, max(self.cumulative_length - past, 0)
 
-    return {**_growing(layer, visible, eager=eager), "get_mask_sizes": get_mask_sizes}
+    return {**_growing(layer, keep_window, eager=eager), "get_mask_sizes": get_mask_sizes}
 
 
 def _hook_crop(layer: Any) -> None:

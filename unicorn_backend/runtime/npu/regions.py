@@ -100,6 +100,7 @@ class AttentionRegion:
     def run(self, arguments: Sequence[Any]) -> Tensor | None:
         """The op's result, or None where a row's keys are no range, or a value is not finite."""
         q, k, v, mask, causal, scale = arguments[:6]
+        k, v = (torch.ops.unicorn.dequantize_rows(t, q.dtype) if t.dtype == torch.int8 else t for t in (k, v))
         bo, _, post_w, post_eps, post_offset, residual = arguments[8:14]
         spans = key_spans(mask, causal, q.shape[0], q.shape[2], k.shape[2])
         if spans is None or not all(bool(torch.isfinite(t).all()) for t in (q, k, v)):
