@@ -147,6 +147,17 @@ struct FfnArgs {
   Out out;
 };
 
+// Slots in the order of their experts: `hit[i]` has the slots from `first[i]` to `first[i + 1]`.
+struct ExpertsArgs {
+  Rows x;      // one row per slot
+  Weight w;    // the experts' weights [n, K] one under another
+  Array bias;  // the same
+  Out out;     // [slots, n]
+  int64_t n;   // a multiple of 16
+  const int64_t *hit, *first;
+  int64_t hits;
+};
+
 struct Projection {
   Weight w;
   Array bias;
@@ -169,6 +180,7 @@ struct QkvArgs {
 void run_linear(const Rows& x, const Norm& norm, const Weight& w, Array bias, const Post& post, Out out,
                 Workspace& workspace, int threads);
 void run_ffn(const FfnArgs& args, Workspace& workspace, int threads);
+void run_experts(const ExpertsArgs& args, Workspace& workspace, int threads);
 void run_qkv(const QkvArgs& args, Workspace& workspace, int threads);
 void run_rotary(const RotaryArgs& args, int threads);
 void run_norm(const Rows& x, const Post& post, Out out, int threads);

@@ -124,6 +124,43 @@ void run_ffn(const FfnArgs& args, Workspace& workspace, int threads) {
   });
 }
 
+void run_experts(const ExpertsArgs& args, Workspace& workspace, int threads) {
+  threads = team_of(threads, args.x.rows * args.n * args.x.width);
+  Carver count(nullptr);
+  count.activations(args.x.rows, args.x.width);
+  Carver carver(workspace.reserve(count.used()));
+  const Activations all = carver.activations(args.x.rows, args.x.width);
+  const auto part = [&](int64_t i) {
+    const int64_t row = args.first[i];
+    const int64_t at = row * all.groups;
+    return Activations{all.q + at * kGroup, all.scale + at, all.sum8 + at, args.first[i + 1] - row, all.groups};
+  };
+  const auto element = [](DType type) -> int64_t { return type == DType::f32 ? 4 : 2; };
+  const int64_t each = args.n / kRows;  // tiles
+  Queue queue(args.hits * each, kPieceBytes / (all.groups * group_bytes(args.w.scheme)), threads);
+  parallel(threads, [&](const Team& team) {
+    const Range mine = team.share(args.x.rows);
+    for (int64_t i = 0; i < args.hits; ++i) {
+      const int64_t first = args.first[i], last = args.first[i + 1];
+      const Range rows{(mine.begin > first ? mine.begin : first) - first, (mine.end < last ? mine.end : last) - first};
+      const int64_t at = first * args.x.width * element(args.x.x.dtype);
+      const Array x{static_cast<const char*>(args.x.x.data) + at, args.x.x.dtype};
+      if (rows.begin < rows.end) kernels().quantize({x, last - first, args.x.width}, {}, part(i), rows);
+    }
+    team.barrier();
+    queue.drain(team, [&](Range items) {
+      for (int64_t i = items.begin / each; i * each < items.end; ++i) {
+        const int64_t begin = items.begin > i * each ? items.begin - i * each : 0;
+        const int64_t end = items.end < (i + 1) * each ? items.end - i * each : each;
+        const int64_t tile = args.hit[i] * each;  // the first of this expert; its column 0 goes to column 0 of out
+        const int64_t at = (args.first[i] * args.n - tile * kRows) * element(args.out.dtype);
+        const Out out{reinterpret_cast<void*>(reinterpret_cast<intptr_t>(args.out.data) + at), args.out.dtype};
+        kernels().linear({args.w, args.bias, part(i), out, args.n}, {tile + begin, tile + end});
+      }
+    });
+  });
+}
+
 void run_qkv(const QkvArgs& args, Workspace& workspace, int threads) {
   threads = team_of(threads, work_of(args.x, args.part[0].w) + 2 * work_of(args.x, args.part[1].w));
   const auto buffers = carve<QkvBuffers>(workspace, args, threads);

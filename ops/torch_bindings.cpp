@@ -92,6 +92,55 @@ Tensor linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t
   return y;
 }
 
+// experts [M, k] -> the slots in the order of their experts, the experts hit, and where each one's slots begin.
+struct Routed {
+  std::vector<int64_t> slots, hit, first;
+
+  Routed(const Tensor& experts, int64_t count) : slots(experts.numel()), first{0} {
+    const Tensor dense = experts.contiguous();
+    const int64_t* id = dense.const_data_ptr<int64_t>();
+    std::vector<int64_t> next(count + 1);
+    for (int64_t i = 0; i < dense.numel(); ++i) {
+      TORCH_CHECK_INDEX(id[i] >= 0 && id[i] < count, "unicorn::experts_linear: got expert ", id[i],
+                        ", allowed are 0 to ", count - 1);
+      ++next[id[i] + 1];
+    }
+    for (int64_t e = 0; e < count; ++e) {
+      if (next[e + 1] > 0) hit.push_back(e), first.push_back(first.back() + next[e + 1]);
+      next[e + 1] += next[e];
+    }
+    for (int64_t i = 0; i < dense.numel(); ++i) slots[next[id[i]]++] = i;
+  }
+};
+
+Tensor experts_linear(const Tensor& x, const Tensor& experts, TensorList w, const OptionalTensor& bias, int64_t n) {
+  const char* op = "unicorn::experts_linear: ";
+  TORCH_CHECK(experts.scalar_type() == at::kLong && experts.dim() == 2 && experts.device().is_cpu(), op,
+              "experts: got ", experts.scalar_type(), " ", experts.sizes(), ", expected int64 [M, k]");
+  const int64_t m = experts.size(0), k = experts.size(1);
+  TORCH_CHECK((x.dim() == 2 || (x.dim() == 3 && x.size(1) == k)) && x.size(0) == m, op, "x: got shape ", x.sizes(),
+              ", expected [", m, ", K] or [", m, ", ", k, ", K]");
+  TORCH_CHECK(!is_float(w) && w[0].dim() > 0 && n > 0 && n % kRows == 0 && w[0].size(0) * kRows % n == 0, op,
+              "w: expected packed weights of experts with n a multiple of 16 one under another, got n = ", n);
+  const int64_t count = w[0].size(0) * kRows / n;
+  const Routed routed(experts, count);
+  const Tensor slots = at::from_blob(const_cast<int64_t*>(routed.slots.data()), {m * k}, at::kLong);
+  const Tensor rows = x.dim() == 2 ? x.index_select(0, slots.div(k, "floor")) : x.flatten(0, 1).index_select(0, slots);
+  Arguments arguments("experts_linear");
+  ExpertsArgs args;
+  args.x = arguments.rows(rows);
+  args.w = arguments.weight(w, count * n, args.x.width, "w");
+  args.bias = arguments.array(bias, "bias", count * n);
+  Tensor sorted = at::empty({m * k, n}, x.options()), out = at::empty({m * k, n}, x.options());
+  args.out = out_of(sorted);
+  args.n = n;
+  args.hit = routed.hit.data();
+  args.first = routed.first.data();
+  args.hits = static_cast<int64_t>(routed.hit.size());
+  run_experts(args, workspace(), threads());
+  return out.index_copy_(0, slots, sorted).view({m, k, n});
+}
+
 Tensor embedding(const Tensor& ids, TensorList w, int64_t num_rows, int64_t k, at::ScalarType dtype) {
   TORCH_CHECK(ids.scalar_type() == at::kLong, "unicorn::embedding: ids: got dtype ", ids.scalar_type(),
               ", expected int64");
@@ -369,6 +418,7 @@ TORCH_LIBRARY_IMPL(unicorn, CompositeExplicitAutograd, m) {
 
 TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
   m.impl("linear", &unicorn::linear);
+  m.impl("experts_linear", &unicorn::experts_linear);
   m.impl("embedding", &unicorn::embedding);
   m.impl("rms_norm", &unicorn::rms_norm);
   m.impl("int8_qkv", &unicorn::int8_qkv);
@@ -379,7 +429,8 @@ TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
 }
 
 TORCH_LIBRARY_IMPL(unicorn, Autograd, m) {
-  for (const char* op : {"linear", "embedding", "rms_norm", "int8_qkv", "int8_attention", "int4_ffn"}) {
+  for (const char* op :
+       {"linear", "experts_linear", "embedding", "rms_norm", "int8_qkv", "int8_attention", "int4_ffn"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&unicorn::inference_only>());
   }
 }

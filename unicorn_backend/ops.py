@@ -73,6 +73,11 @@ _POST = "Tensor? post_w, float? post_eps, float post_offset, Tensor? residual"
 # linear: x [..., K] -> [..., n]. bias [n] or None.
 LIBRARY.define("linear(Tensor x, Tensor[] w, Tensor? bias, int n) -> Tensor")
 
+# experts_linear: a projection in a mixture of experts. x [M, K], or [M, k, K] with a row for each expert of a token;
+# experts int64 [M, k] (outside [0, E): IndexError); w packed, [E * n, K]: the experts' weights one under another,
+# n a multiple of 16; bias [E * n] or None. -> [M, k, n]. Reads the experts that are hit, each once.
+LIBRARY.define("experts_linear(Tensor x, Tensor experts, Tensor[] w, Tensor? bias, int n) -> Tensor")
+
 # embedding: ids int64 [...] -> [..., k] in `dtype`. Ids outside [0, num_rows) raise IndexError.
 LIBRARY.define("embedding(Tensor ids, Tensor[] w, int num_rows, int k, ScalarType dtype) -> Tensor")
 
@@ -144,6 +149,11 @@ LIBRARY.define("dot_peak(int steps) -> int")
 @torch.library.register_fake("unicorn::linear")
 def _linear_fake(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
     return x.new_empty((*x.shape[:-1], n))
+
+
+@torch.library.register_fake("unicorn::experts_linear")
+def _experts_linear_fake(x: Tensor, experts: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
+    return x.new_empty((*experts.shape, n))
 
 
 @torch.library.register_fake("unicorn::embedding")

@@ -57,6 +57,16 @@ def linear(x: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
     return _linear(x, w, bias, n).to(x.dtype)
 
 
+def experts_linear(x: Tensor, experts: Tensor, w: list[Tensor], bias: Tensor | None, n: int) -> Tensor:
+    """See `ops.py`. -> [M, k, n]."""
+    count = w[0].shape[0] * 16 // n
+    every = _linear(x, w, bias, count * n).unflatten(-1, (count, n))  # of all experts: [M, E, n] or [M, k, E, n]
+    chosen = experts[..., None, None] if x.dim() == 3 else experts[..., None]
+    shape = (*experts.shape, 1, n) if x.dim() == 3 else (*experts.shape, n)
+    y: Tensor = every.gather(-2, chosen.expand(shape)).reshape(*experts.shape, n).to(x.dtype)
+    return y
+
+
 def embedding(ids: Tensor, w: list[Tensor], num_rows: int, k: int, dtype: torch.dtype) -> Tensor:
     """See `ops.py`. ids [...] -> [..., k]."""
     return F.embedding(ids, dequantize(w, num_rows, k)).to(dtype)
@@ -176,7 +186,7 @@ def int4_ffn(
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (linear, embedding, rms_norm, int8_qkv, int8_attention, int4_ffn)
+    f.__name__: f for f in (linear, experts_linear, embedding, rms_norm, int8_qkv, int8_attention, int4_ffn)
 }
 
 

@@ -20,6 +20,7 @@ OPS: dict[Any, tuple[str, tuple[int, ...]]] = {
     unicorn.int8_attention.default: ("attention", (7,)),
     unicorn.int8_qkv.default: ("qkv", (4, 5, 6)),
     unicorn.linear.default: ("linear", (1,)),
+    unicorn.experts_linear.default: ("experts", (2,)),
     unicorn.embedding.default: ("embedding", (1,)),
     unicorn.rms_norm.default: ("norm", ()),
 }
@@ -52,6 +53,8 @@ def _step(node: Node, names: dict[Node, str]) -> Step:
     schemes = tuple(scheme(weights) for weights in lists) if positions else ()
     # an embedding reads one row per token, not its table
     read = 0 if kind in ("embedding", "norm") else sum(_bytes(w) for weights in lists for w in weights)
+    if kind == "experts":
+        read = read * _hit(node) // _experts(node)
     flat = [w for weights in lists for w in weights]
     op = str(node.target).removesuffix(".default").replace(".", "::")
     weights = tuple(0 if kind == "embedding" else math.prod(_size(packed)) for packed in lists) if schemes else ()
@@ -68,6 +71,17 @@ def _step(node: Node, names: dict[Node, str]) -> Step:
         tokens=_fixed_tokens(node),
         **keys,
     )
+
+
+def _experts(node: Node) -> int:
+    """How many experts there are."""
+    return int(_size(list(node.args[2]))[0]) // int(node.args[4])
+
+
+def _hit(node: Node) -> int:
+    """How many of them one call reads: all that its tokens may choose."""
+    tokens, each = value(node.args[1]).shape
+    return min(_experts(node), (_constant(tokens) or _experts(node)) * int(static(each) or _experts(node)))
 
 
 def _fixed_tokens(node: Node) -> int:

@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
 from unicorn_backend.layouts import BUFFERS, buffers_of, empty_packed
-from unicorn_backend.quantize import rewrite
+from unicorn_backend.quantize import experts, rewrite
 from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import QuantEmbedding, QuantLinear, pack_module
 from unicorn_backend.quantize.recipe import Recipe
@@ -95,11 +95,14 @@ class UnicornQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **_: Any
     ) -> None:
         self.quantization_config.recipe = self.recipe.fitted(model)
+        stored = check_files(checkpoint_files or []) if self.pre_quantized else {}
+        packed = {name.removesuffix(".weight_packed") for name in stored}
+        for module in experts.find_experts(model, lambda name, _: self.recipe.name if name in packed else None):
+            experts.stack(module)
         self._jobs, _left = rewrite.plan(model, self.recipe, getattr(model, "all_tied_weights_keys", None))
         if not self.pre_quantized:
             self._by_name = {f"{name}.weight": job for job in self._jobs for name, _ in job.users}
             return
-        stored = check_files(checkpoint_files or [])
         for job in self._jobs:
             _pack_meta(job)
         check_stored(model, stored)

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from unicorn_backend.errors import OptionError, QuantizationError
 from unicorn_backend.layouts import SCHEMES
+from unicorn_backend.quantize import experts
 from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import (
     QuantEmbedding,
@@ -93,7 +94,13 @@ def quantize(
     jobs, _ = plan(model, chosen)
     _refuse_changes(model, chosen)
     shards = _shards(model, jobs, keep_weights)
+    found = experts.find_experts(model, chosen.scheme_for)
+    _check_experts(found)
     _check_weights(jobs)
+    for module in found:
+        experts.stack(module)
+    if found:
+        jobs, _ = plan(model, chosen)
     total = sum(job.weight.nbytes for job in jobs)
     hidden = total < PROGRESS_BYTES if progress is None else not progress
     importance = _importance(model, calibration)
@@ -224,6 +231,9 @@ def restore(model: nn.Module) -> nn.Module:
         weight = module.float_weight
         assert weight is not None
         unpack_module(module, weight)
+    for stacked in model.modules():
+        if isinstance(stacked, experts.StackedExperts):
+            experts.unstack(stacked)
     model.__dict__.pop("_unicorn_recipe", None)
     for inner in _pretrained(model):
         _hf().detach(inner)
@@ -327,6 +337,15 @@ def _check_weights(jobs: list[Job]) -> None:
         weight = _local(job.weight.detach())
         if torch.ops.unicorn.count_nonfinite(weight):
             raise QuantizationError(_bad_weight(job.users[0][0], weight))
+
+
+def _check_experts(found: list[nn.Module]) -> None:
+    ensure_kernels()
+    for module in found:
+        for weight in experts.weights(module):
+            if weight.is_meta or torch.ops.unicorn.count_nonfinite(weight.flatten(0, 1)):
+                why = "are on the meta device" if weight.is_meta else "hold NaN or Inf"
+                raise QuantizationError(f"weights of {type(module).__name__} {why}: load or repair them first")
 
 
 def _bad_weight(name: str, weight: Tensor) -> str:
