@@ -1,7 +1,7 @@
 """Which architectures are fused, what is left and why, and whether the result is right: small random models.
 
     python benchmarks/models.py                       # the list below -> benchmarks/results/models.json
-    python benchmarks/models.py glm4 olmo2            # any model types of transformers, printed only
+    python benchmarks/models.py glm4 olmo2            # any model types of transformers, printed; --write adds them
     python benchmarks/models.py gemma3n --set num_hidden_layers=6
 
 Each model is built from its configuration class with small sizes and at least one layer of every kind, quantized by
@@ -176,12 +176,15 @@ def _left(plan: Any) -> Counter[tuple[str, str]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="model types of transformers; none: the list of this file, into JSON")
+    parser.add_argument("--write", action="store_true", help="put these model types into the JSON, beside the others")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a value of the configuration")
     arguments = parser.parse_args()
     given = {key: _literal(value) for key, _, value in (item.partition("=") for item in arguments.set)}
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    rows = []
+    rows: dict[str, dict[str, Any]] = {}
+    if arguments.types and arguments.write and RESULTS.exists():
+        rows = {row["model"]: row for row in json.loads(RESULTS.read_text())["rows"]}
     for model_type in arguments.types or TYPES:
         began = time.perf_counter()
         try:
@@ -191,10 +194,11 @@ def main() -> None:
             if arguments.types:
                 traceback.print_exc()
         torch._dynamo.reset()
-        rows.append(row)
+        rows[model_type] = row
         print(f"{time.perf_counter() - began:5.1f} s", json.dumps(row), flush=True)
-    if not arguments.types:
-        RESULTS.write_text(json.dumps({"rows": rows, "provenance": measure.provenance()}, indent=1) + "\n")
+        if arguments.write or not arguments.types:
+            result = {"rows": [*rows.values()], "provenance": measure.provenance()}
+            RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 def _literal(text: str) -> Any:

@@ -127,15 +127,15 @@ def peers(result: dict[str, Any]) -> str:
 
 def models(result: dict[str, Any]) -> str:
     """Architectures by what is matched; those of which the same is true share a row."""
-    header = ("model types", "attention", "q, k, v", "feed-forward", "left to single ops or torch", "tokens of eager")
+    header = ("model types", "attention", "q, k, v", "feed-forward", "experts", "left to single ops or torch", "tokens")
     groups: dict[tuple[str, ...], list[str]] = {}
     for row in result["rows"]:
-        cells = [_of_all(row, kind) for kind in ("attention", "qkv", "ffn")]
+        cells = [_of_all(row, kind) for kind in ("attention", "qkv", "ffn", "experts")]
         verdict = row.get("tokens_fp32", row["tokens"])
         reasons = dict.fromkeys(f"{kind}: {reason}" for kind, reason, _ in row["left"]) | dict.fromkeys(row["notes"])
         groups.setdefault((*cells, "; ".join(reasons), verdict), []).append(row["model"])
     rows = [(", ".join(f"`{name}`" for name in names), *cells) for cells, names in groups.items()]
-    return table.markdown(header, sorted(rows, key=lambda row: len(row[4])))
+    return table.markdown(header, sorted(rows, key=lambda row: len(row[5])))
 
 
 def _of_all(row: dict[str, Any], kind: str) -> str:
