@@ -14,12 +14,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+import tables
 import torch
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
 
 import unicorn_backend
-from unicorn_backend import Int8Cache, measure, table
+from unicorn_backend import Int8Cache, measure
 from unicorn_backend.models.random import random_model
 
 RESULTS = Path(__file__).parent / "results"
@@ -103,24 +104,7 @@ def main() -> None:
     }
     out = RESULTS / f"context-{arguments.model}.json"
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(
-        table.markdown(
-            ["context", "K/V", "ms per token", "tok/s", "slower than empty", "MB per token", "GB/s"],
-            [
-                [
-                    str(row["context"]),
-                    row["kv"],
-                    f"{row['step_ms']:.1f}",
-                    f"{row['tok_s']:.2f}",
-                    f"{row['slower_than_empty']:.1%}",
-                    f"{row['mb_per_token']:.0f}",
-                    f"{row['gb_s']:.1f}",
-                ]
-                for row in rows
-            ],
-        )
-    )
-    print("read", " ".join(f"{value:.1f}" for value in result["read_gb_s"]), "GB/s")
+    print(tables.context(result))
 
 
 if __name__ == "__main__":

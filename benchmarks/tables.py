@@ -143,6 +143,28 @@ def _of_all(row: dict[str, Any], kind: str) -> str:
     return "" if taken + left == 0 else "yes" if left == 0 else f"{taken} of {taken + left}"
 
 
+def context(result: dict[str, Any]) -> str:
+    """Decode with so many keys."""
+    header = ("keys", "K/V", "ms per token", "slower than with few", "MB per token", "GB/s")
+    rows = [
+        (
+            str(row["context"]),
+            row["kv"],
+            f"{row['step_ms']:.1f}",
+            f"{row['slower_than_empty']:.1%}",
+            f"{row['mb_per_token']:.0f}",
+            f"{row['gb_s']:.1f}",
+        )
+        for row in result["rows"]
+    ]
+    caption = (
+        f"{result['model']}, random weights and rows; medians over {result['rounds']} interleaved rounds. "
+        f"{_machine(result['provenance'])}; memory read {' and '.join(f'{v:.1f}' for v in result['read_gb_s'])} GB/s "
+        "before and after."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
 def speculation(result: dict[str, Any]) -> str:
     """With and without drafts."""
     header = ("", "plain tok/s", "with drafts tok/s", "ratio", "drafts accepted")
@@ -163,6 +185,7 @@ def speculation(result: dict[str, Any]) -> str:
 
 
 KINDS = {
+    "context": context,
     "speculation": speculation,
     "models": models,
     "peers": peers,
