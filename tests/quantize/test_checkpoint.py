@@ -258,3 +258,13 @@ def test_bad_configs(tmp_path: Path) -> None:
         UnicornConfig(bits=4)
     with pytest.raises(OptionError, match="device_map"):
         load(TINY, quantization_config=UnicornConfig(), device_map="cuda")
+
+
+def test_a_recipe_that_depends_on_the_model(tiny: Any, tmp_path: Path) -> None:
+    """q4_k_m asks for the number of layers and the tied head: while loading, in place, again, and after saving."""
+    loaded = AutoModelForCausalLM.from_pretrained(TINY, quantization_config=UnicornConfig("q4_k_m"))
+    assert_same_state(loaded, quantize(tiny, "q4_k_m"))
+    assert [layer.mlp.down_proj.scheme for layer in tiny.model.layers] == ["q4k", "q4k", "q6k", "q4k", "q4k", "q6k"]
+    assert quantize(tiny, "q4_k_m") is tiny
+    loaded.save_pretrained(tmp_path)
+    assert_same_state(quantize(AutoModelForCausalLM.from_pretrained(tmp_path), "q4_k_m"), tiny)
