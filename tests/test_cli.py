@@ -6,6 +6,7 @@ import json
 import stat
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,6 +342,19 @@ def test_kv_bytes_stop_growing_at_the_window(tiny: Any) -> None:
     # 2 KV heads x 64 x (key, value) x 2 bytes = 512 per layer and token; 4 of 6 layers have a window of 128.
     assert measure.kv_bytes(tiny, 100) == 512 * 6 * 100
     assert measure.kv_bytes(tiny, 1000) == 512 * (4 * 128 + 2 * 1000)
+    compiled = torch.compile(tiny, backend="unicorn", options={"kv": "int8"})
+    assert measure.kv_bytes(compiled, 100) == 2 * 2 * (64 + 4) * 6 * 100
+
+
+def test_kv_bytes_of_layers_that_differ() -> None:
+    from transformers import Gemma4TextConfig, Mamba2Config
+
+    config = Gemma4TextConfig(num_hidden_layers=6)  # 5 sliding layers of head width 256, then one of 512
+    model = types.SimpleNamespace(config=config)
+    heads = [layer.num_key_value_heads for layer in config.per_layer_config]
+    expected = 4 * 10 * (256 * sum(heads[:5]) + 512 * heads[5])
+    assert measure.kv_bytes(model, 10) == expected
+    assert measure.kv_bytes(types.SimpleNamespace(config=Mamba2Config()), 10) == 0
 
 
 def test_share_above_the_ceiling_is_a_bug() -> None:

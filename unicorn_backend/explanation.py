@@ -74,10 +74,10 @@ def explain(model: Any, **inputs: Any) -> Explanation:
         raise UnicornError(f"explain: got {type(model).__name__}, allowed is a torch.nn.Module or a compiled one")
     plans = plans_of(root)
     if plans:
-        return Explanation(type(root).__name__, tuple(plans), memory=plan_memory(root, plans))
+        return Explanation(type(root).__name__, tuple(plans), memory=plan_memory(model, plans))
     note = "traced for this explanation, not compiled: weights are shown as they are now"
     plans = _trace(root, inputs)
-    return Explanation(type(root).__name__, tuple(plans), note, plan_memory(root, plans))
+    return Explanation(type(root).__name__, tuple(plans), note, plan_memory(model, plans))
 
 
 def _trace(root: nn.Module, inputs: dict[str, Any]) -> list[Plan]:

@@ -125,13 +125,27 @@ def model_bytes(model: Any) -> int:
     return sum(_storages(getattr(model, "_orig_mod", model)).values())
 
 
-def kv_bytes(model: Any, context: int, element_bytes: int = 2) -> int:
-    """Bytes of keys and values that one decode step reads at a context length, in a bf16 cache."""
+def kv_bytes(model: Any, context: int) -> int:
+    """Bytes of keys and values that one decode step reads at a context length; 0 for layers that keep none.
+
+    A compiled model's option `kv` decides on the bytes of a row; otherwise they are bf16.
+    """
+    from unicorn_backend.integration.torch_hooks import options_of
+    from unicorn_backend.ops import ROW_SCALE
+
+    options = options_of(getattr(model, "dynamo_ctx", None))
     config = model.config.get_text_config()
-    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
-    spans = [min(context, config.sliding_window) if kind == "sliding_attention" else context for kind in kinds]
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return int(sum(spans) * 2 * config.num_key_value_heads * head_dim * element_bytes)
+    layers = list(getattr(config, "per_layer_config", None) or [config] * config.num_hidden_layers)
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * len(layers)
+    total = 0
+    for kind, layer in zip(kinds, layers, strict=True):
+        heads = getattr(layer, "num_key_value_heads", None) or getattr(layer, "num_attention_heads", 0)
+        if not heads or kind not in ("full_attention", "sliding_attention"):
+            continue
+        head_dim = getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads
+        row = head_dim + ROW_SCALE if options is not None and options.kv == "int8" else 2 * head_dim
+        total += 2 * heads * row * (min(context, layer.sliding_window) if kind == "sliding_attention" else context)
+    return total
 
 
 def _storages(module: torch.nn.Module) -> dict[int, int]:

@@ -50,7 +50,6 @@ def plan_memory(model: Any, plans: Sequence[Plan], tokens: int = TYPICAL) -> Mem
     total, free = ram()
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
-    has_cache = hasattr(text, "num_key_value_heads") and hasattr(text, "num_hidden_layers")
     placed: dict[str, dict[str, int]] = {}
     for plan in plans:
         for step in plan.steps:
@@ -61,5 +60,5 @@ def plan_memory(model: Any, plans: Sequence[Plan], tokens: int = TYPICAL) -> Mem
         device = open_device(name.removesuffix(" (emulated)"))
         budget = 0 if isinstance(device, str) else device.memory().budget
         devices[name] = sum(regions.values()), budget
-    cache = measure.kv_bytes(model, tokens) if has_cache else 0
+    cache = measure.kv_bytes(model, tokens) if hasattr(text, "num_hidden_layers") else 0
     return MemoryPlan(measure.model_bytes(model), cache, tokens, total, free, devices)
