@@ -390,7 +390,8 @@ def _by_name(module: types.ModuleType, qualname: str) -> Any:
     """Without calling descriptors: a property stays a property."""
     value: Any = module
     for part in qualname.split("."):
-        value = inspect.getattr_static(value, part)
+        lazy = isinstance(value, torch._ops._OpNamespace)  # an operator appears there when it is asked for
+        value = getattr(value, part) if lazy else inspect.getattr_static(value, part)
     return value
 
 
