@@ -6,8 +6,6 @@ and the compiled model must give eager's logits within bf16 rounding (recipe "no
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,8 +13,8 @@ import torch
 
 import unicorn_backend
 from tests.counting import watch
+from tests.scripts import ROOT, load
 
-ROOT = Path(__file__).parents[1]
 LAYERS = 2
 BASE: dict[str, Any] = {
     "hidden_size": 128,
@@ -123,16 +121,8 @@ def test_what_is_not_gated_runs_with_a_reason(monkeypatch: pytest.MonkeyPatch) -
     ],
 )
 def test_what_is_left_runs_as_torch_does(model_type: str) -> None:
-    row = _benchmark().examine(model_type, {})
+    row = load(ROOT / "benchmarks" / "models.py").examine(model_type, {})
     assert row.get("tokens_fp32", row["tokens"]) == "equal" and row["taken"]["linear"] > 0, row
-
-
-def _benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("models", ROOT / "benchmarks" / "models.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

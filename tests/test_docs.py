@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
 
 import pytest
 
 import unicorn_backend
+from tests.scripts import ROOT, load
 from unicorn_backend.options import Options
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text(encoding="utf-8")
 
 
 def test_tables_equal_their_json() -> None:
-    spec = importlib.util.spec_from_file_location("tables", ROOT / "benchmarks" / "tables.py")
-    assert spec is not None and spec.loader is not None
-    tables = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tables)
+    tables = load(ROOT / "benchmarks" / "tables.py")
     assert len(tables.BLOCK.findall(README)) >= 2
     assert tables.render(README) == README, "run `make tables`"
 

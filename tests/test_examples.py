@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -10,32 +9,30 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
+from tests.scripts import ROOT, load
+
+EXAMPLES = ROOT / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 
 
-def load(name: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"examples_{name}", EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(name: str) -> Any:
+    return load(EXAMPLES / f"{name}.py")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_script(name: str, tmp_path: Path) -> None:
     extra = [str(tmp_path / "out")] if name == "quantize_checkpoint" else []
-    assert load(name).main(["--tiny", *extra]).strip()
+    assert example(name).main(["--tiny", *extra]).strip()
 
 
 def test_27b_saves_and_reloads(tmp_path: Path) -> None:
-    main, out = load("gemma3_27b").main, str(tmp_path / "packed")
+    main, out = example("gemma3_27b").main, str(tmp_path / "packed")
     assert main(["--tiny", "--save", out]) == main(["--model", out])
 
 
 def test_every_example_says_how_to_run_it() -> None:
     for name in SCRIPTS:
-        assert f"python examples/{name}.py" in (load(name).__doc__ or "")
+        assert f"python examples/{name}.py" in (example(name).__doc__ or "")
 
 
 def test_notebook(tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,18 +15,10 @@ import pytest
 
 from tests.npu.conftest import Launch
 from tests.npu.test_kernels import case, int8
+from tests.scripts import load
 from unicorn_backend.runtime.npu import host_model, pack
 from unicorn_backend.runtime.npu.artifacts import KERNELS
 from unicorn_backend.runtime.npu.designs import Attention, Design, Gemm, IllegalDesign, key
-
-
-def load(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"kernels_{path.stem}", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +28,7 @@ def iron() -> Iterator[ModuleType]:
     module.install()
     yield module
     for name in set(sys.modules) - set(before):
-        if name.split(".")[0] in ("aie",) or name.startswith("kernels_"):
+        if name.split(".")[0] in ("aie",) or name.startswith("script_"):
             del sys.modules[name]
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.scripts import ROOT
+
 DRIVERS = {  # name of the device -> where its driver's description may be, and what to install
     "llvmpipe": (["/usr/share/vulkan/icd.d/lvp_icd.x86_64.json"], "apt install mesa-vulkan-drivers"),
     "SwiftShader": (

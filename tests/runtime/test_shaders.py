@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import shutil
 import subprocess
 from typing import Any
 
 import pytest
 
-from tests.runtime.drivers import ROOT
+from tests.scripts import ROOT, load
 
 
 @pytest.fixture(scope="module")
 def build() -> Any:
-    spec = importlib.util.spec_from_file_location("build_shaders", ROOT / "shaders" / "build.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load(ROOT / "shaders" / "build.py")
 
 
 def test_manifest_is_of_these_sources(build: Any) -> None:

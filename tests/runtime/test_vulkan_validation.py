@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.runtime import drivers
-from tests.runtime.drivers import ROOT
+from tests.scripts import ROOT
 
 LAYER = Path("/usr/share/vulkan/explicit_layer.d/VkLayer_khronos_validation.json")
 SYNC, ASSISTED = (f"VK_VALIDATION_FEATURE_ENABLE_{name}_EXT" for name in ("SYNCHRONIZATION_VALIDATION", "GPU_ASSISTED"))
