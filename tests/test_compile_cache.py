@@ -461,3 +461,13 @@ def test_fingerprints_see_code_defaults_closures_and_methods() -> None:
     assert digest(One) != before
     assert Describer().exact([1, "a", (2.5, None)]) is not None
     assert Describer().exact([object()]) is None
+
+
+def test_operators_that_nobody_asked_for_yet_are_found() -> None:
+    """torch makes an operator's attribute on its first use; a stored graph may name one before that."""
+    from unicorn_backend.integration.compile_cache import _by_name
+
+    library = torch.library.Library("unicorn", "FRAGMENT")
+    library.define("never_asked_for(Tensor x) -> Tensor")
+    assert "never_asked_for" not in vars(torch.ops.unicorn)
+    assert _by_name(torch, "ops.unicorn.never_asked_for") is torch.ops.unicorn.never_asked_for
