@@ -38,6 +38,11 @@ def test_compiled_is_eager(make: Any, monkeypatch: pytest.MonkeyPatch, tokens: i
     assert {layer.keys.dtype for layer in got.past_key_values.layers} == {torch.int8}
     assert ran.graphs == 2 and ran.calls["int8_attention"] > 0
     assert ran.calls["dequantize_rows"] == 0  # attention reads the rows themselves
+    config = model.config
+    heads, kv_heads, width = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+    step = next(step for step in ran.plans[1].steps if step.kind == "attention")
+    assert (step.kv_heads, step.key_macs) == (kv_heads, heads * 2 * width)
+    assert step.key_bytes == kv_heads * 2 * (width + 4)
     close(got, want)
 
 

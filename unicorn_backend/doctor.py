@@ -32,7 +32,6 @@ from unicorn_backend.errors import NativeLibraryError, OptionError
 from unicorn_backend.generation.meter import bandwidth_gbps
 from unicorn_backend.options import cache_folder, forced_isa
 from unicorn_backend.partition import calibration
-from unicorn_backend.partition.memory import ram
 from unicorn_backend.runtime import open_device
 
 TESTED = {"torch": "2.13", "transformers": "5.23"}
@@ -161,7 +160,7 @@ def check_huge_pages() -> Check:
 
 
 def check_memory() -> Check:
-    total, free = ram()
+    total, free = measure.ram()
     found = f"{table.size(free)} free of {table.size(total)}"
     if free < 2e9:
         return Check("memory", "warn", found, "close programs: a 1B model needs about 1 GB, a 4B model 3 GB")

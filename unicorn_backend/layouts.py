@@ -18,6 +18,7 @@ ROWS = 16  # rows of a tile: one zmm register of 16 int32 accumulators
 GROUP = 32  # k per group: one scale of activations, and of w4g32 weights
 W4_ZERO = 8  # nibble that stands for the value 0
 Q6_ZERO = 32  # what stands for 0 in q6k
+ROW_SCALE = 4  # bytes of the scale after an int8 row of K or V
 W8_ZERO = 128  # byte that stands for the value 0 in w8c
 
 

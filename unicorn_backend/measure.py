@@ -131,7 +131,7 @@ def kv_bytes(model: Any, context: int) -> int:
     A compiled model's option `kv` decides on the bytes of a row; otherwise they are bf16.
     """
     from unicorn_backend.integration.torch_hooks import options_of
-    from unicorn_backend.ops import ROW_SCALE
+    from unicorn_backend.layouts import ROW_SCALE
 
     options = options_of(getattr(model, "dynamo_ctx", None))
     config = model.config.get_text_config()
@@ -154,10 +154,11 @@ def _storages(module: torch.nn.Module) -> dict[int, int]:
     return {tensor.data_ptr(): tensor.nbytes for tensor in tensors}
 
 
-def available_memory() -> int:
-    """Bytes that can be had without swapping, by the kernel's estimate."""
+def ram() -> tuple[int, int]:
+    """Bytes of RAM: all, and what can be had without swapping, by the kernel's estimate."""
     fields = _first_lines(Path("/proc/meminfo"))
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
+    return total, available
 
 
 def last_level_cache_bytes() -> int:
@@ -195,7 +196,7 @@ def cpu_name() -> str:
 
 
 def _first_lines(path: Path) -> dict[str, str]:
-    """The first processor's `key : value` lines of /proc/cpuinfo; empty where there is none."""
+    """The `key : value` lines of a file in /proc up to the first empty line; empty where there is none."""
     if not path.exists():
         return {}
     block = path.read_text().split("\n\n")[0]

@@ -63,6 +63,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from unicorn_backend.layouts import ROW_SCALE
+
 LIBRARY = torch.library.Library("unicorn", "DEF")
 
 ACTIVATIONS = ("gelu_tanh", "gelu", "silu", "relu")
@@ -250,9 +252,6 @@ def _append_rows_fake(past: Tensor, rows: Tensor, filled: int, keep: int) -> Ten
 @torch.library.register_fake("unicorn::last_rows")
 def _last_rows_fake(x: Tensor, count: int) -> Tensor:
     return _with_room(x, torch.sym_min(x.shape[2], count))
-
-
-ROW_SCALE = 4  # bytes of the scale after an int8 row of K or V
 
 
 @torch.library.register_fake("unicorn::quantize_rows")

@@ -8,12 +8,13 @@ from typing import Any
 
 from unicorn_backend.errors import OptionError
 from unicorn_backend.explanation import Explanation, compare, predicted_us
+from unicorn_backend.graph.describe import OPS
 from unicorn_backend.partition import calibration
 from unicorn_backend.partition.cost import Rates
 from unicorn_backend.plan import Plan
 
 FORMATS = (".png", ".svg")
-KINDS = ("embedding", "qkv", "attention", "ffn", "norm", "linear")  # each has its colour
+KINDS = tuple(dict.fromkeys(kind for kind, _ in OPS.values()))  # each has its colour
 
 
 def draw(explanation: Explanation, path: Path) -> None:

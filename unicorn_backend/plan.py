@@ -29,6 +29,7 @@ class Step:
     key_macs: int = 0  # attention: multiply-adds per query token and key
     key_heads: int = 0  # attention: query heads
     key_bytes: int = 0  # attention: bytes of K and V per key
+    kv_heads: int = 0  # attention: heads of K and V
     least_tokens: int = 1  # tokens per call from which `device` runs it; shorter calls run on the CPU
     predicted_us: tuple[tuple[str, float], ...] = ()  # (device, time) where there was a choice, at `Plan.typical`
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from unicorn_backend.layouts import GROUP, dequantize, scheme_of, unpack
+from unicorn_backend.layouts import GROUP, ROW_SCALE, dequantize, scheme_of, unpack
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -121,7 +121,7 @@ def quantize_rows(x: Tensor) -> Tensor:
 
 def dequantize_rows(rows: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """See `ops.py`. int8 [.., D + 4] -> [.., D]."""
-    return (rows[..., :-4].float() * rows[..., -4:].contiguous().view(torch.float32)).to(dtype)
+    return (rows[..., :-ROW_SCALE].float() * rows[..., -ROW_SCALE:].contiguous().view(torch.float32)).to(dtype)
 
 
 def int8_attention(

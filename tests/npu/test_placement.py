@@ -27,7 +27,7 @@ CPU = estimate(8, "avx512vnni")
 
 def work(op: str = "int8_attention", **changes: Any) -> Work:
     """The attention region of a layer of Gemma 3 4B."""
-    costs = {"key_macs": 2 * 8 * 256, "key_heads": 8, "key_bytes": 2 * 4 * 256 * 2}
+    costs = {"key_macs": 2 * 8 * 256, "key_heads": 8, "key_bytes": 2 * 4 * 256 * 2, "kv_heads": 4}
     schemes = changes.get("schemes", ("w8c",))
     step = Step(
         "attention", "layer", f"unicorn::{op}", "cpu", schemes, 0, weights=(2560 * 2048,) * len(schemes), **costs

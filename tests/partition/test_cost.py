@@ -16,7 +16,8 @@ from tests.test_compile_cache import make  # the embedded model cut to two layer
 from unicorn_backend import doctor, measure, picture
 from unicorn_backend.__main__ import app
 from unicorn_backend.errors import OptionError
-from unicorn_backend.explanation import compare
+from unicorn_backend.explanation import Explanation, compare
+from unicorn_backend.graph.describe import OPS
 from unicorn_backend.partition import calibration, cost
 from unicorn_backend.partition.cost import Rates, interpolate, microseconds
 from unicorn_backend.partition.memory import plan_memory
@@ -157,13 +158,20 @@ def test_explain_shows_predicted_and_measured_times(sample_ids: torch.Tensor, tm
         picture.draw(explanation, tmp_path / "plan.pdf")
 
 
+def test_every_kind_of_region_has_a_colour(tmp_path: Path) -> None:
+    kinds = {kind for kind, _ in OPS.values()}
+    steps = [Step(kind, "a", "", "cpu", ("w4g32",), 512 * 288, weights=(512 * 512,)) for kind in kinds]
+    picture.draw(Explanation("Model", (Plan(1, "1", steps),)), tmp_path / "plan.svg")
+    assert all(f"<!-- {kind}, cpu -->" in (tmp_path / "plan.svg").read_text() for kind in kinds)
+
+
 def test_memory_counts_a_region_once_and_warns_beyond_ram(monkeypatch: pytest.MonkeyPatch) -> None:
     on_null = dataclasses.replace(LINEAR, device="null", weight_bytes=1000)
     plans = [Plan(1, "dynamic", [on_null]), Plan(2, "1", [on_null, dataclasses.replace(on_null, where="other")])]
     found = plan_memory(torch.nn.Linear(4, 4), plans)
     assert found.devices == {"null": (2000, 0)} and found.cache == 0 and found.weights == 80
     assert "null: 2.0 kB of weights" in str(found) and "swap" not in str(found)
-    monkeypatch.setattr("unicorn_backend.partition.memory.ram", lambda: (50, 40))
+    monkeypatch.setattr(measure, "ram", lambda: (50, 40))
     assert "will swap" in str(plan_memory(torch.nn.Linear(4, 4), []))
 
 

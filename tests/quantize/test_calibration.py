@@ -88,7 +88,7 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         quantize_checkpoint(TINY, out, calibration=tmp_path / "no.txt")
     with pytest.raises(OptionError, match=r"text\.txt has \d+ tokens; give at least 512"):
         quantize_checkpoint(TINY, out, calibration=text_file(tmp_path, 300))
-    monkeypatch.setattr(measure, "available_memory", lambda: 900_000_000)
+    monkeypatch.setattr(measure, "ram", lambda: (2_000_000_000, 900_000_000))
     with pytest.raises(QuantizationError, match=r"takes 1\.0 GB; 0\.9 GB are free"):
         quantize_checkpoint(TINY, out, calibration=text_file(tmp_path, 3000))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["text.txt"]

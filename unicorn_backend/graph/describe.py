@@ -11,7 +11,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from unicorn_backend.graph.pattern import Reason, as_linear, aten, is_op, static, unicorn, value
-from unicorn_backend.layouts import GROUP, ROWS, scheme_of
+from unicorn_backend.layouts import GROUP, ROW_SCALE, ROWS, scheme_of
 from unicorn_backend.plan import Left, Plan, Step
 
 # op -> (kind, positions of its weight lists)
@@ -116,9 +116,10 @@ def _size(weights: list[Node]) -> tuple[int, int]:
 def _key_costs(node: Node) -> dict[str, int]:
     q, k, v = (value(node.args[i]) for i in range(3))
     heads, kv_heads = (int(static(tensor.shape[1]) or 0) for tensor in (q, k))
-    per_head = int(static(k.shape[3]) or 0) + int(static(v.shape[3]) or 0)
-    per_key = kv_heads * per_head * k.element_size()
-    return {"key_macs": heads * per_head, "key_heads": heads, "key_bytes": per_key}
+    stored = int(static(k.shape[3]) or 0) + int(static(v.shape[3]) or 0)
+    values = stored - 2 * ROW_SCALE * (k.dtype == torch.int8)
+    per_key = kv_heads * stored * k.element_size()
+    return {"key_macs": heads * values, "key_heads": heads, "key_bytes": per_key, "kv_heads": kv_heads}
 
 
 def scheme(weights: list[Node]) -> str:

@@ -21,9 +21,8 @@ from unicorn_backend import assets, measure
 from unicorn_backend.layouts import SCHEMES, packed_bytes
 from unicorn_backend.plan import Plan, Step
 
-Table = dict[
-    int, float
-]  # tokens per call -> us of the call per million weights, or per million multiply-adds of a token
+# Tokens per call -> us of the call per million weights, or per million multiply-adds of a token.
+Table = dict[int, float]
 
 TOKENS = (1, 2, 3, 4, 6, 8, 16, 32, 64, 128, 256, 512)
 CACHED_BYTES = 16 << 20

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from unicorn_backend import measure
@@ -37,17 +36,9 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def ram() -> tuple[int, int]:
-    """(all, available) bytes of RAM."""
-    values = {
-        line.split(":")[0]: int(line.split()[1]) * 1024 for line in Path("/proc/meminfo").read_text().splitlines()
-    }
-    return values["MemTotal"], values["MemAvailable"]
-
-
 def plan_memory(model: Any, plans: Sequence[Plan], tokens: int = TYPICAL) -> MemoryPlan:
     """The memory of a module whose graphs have these plans."""
-    total, free = ram()
+    total, free = measure.ram()
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else None
     placed: dict[str, dict[str, int]] = {}

@@ -7,7 +7,6 @@ same number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,7 @@ def from_text(source: Source, kind: Any, text: str | Path) -> dict[str, Tensor]:
     fit into the memory.
     """
     ids = _ids(source, text)
-    needed, free = source.memory_bytes + HEADROOM, measure.available_memory()
+    needed, (_, free) = source.memory_bytes + HEADROOM, measure.ram()
     if needed > free:
         raise QuantizationError(
             f"{source.place}: --calibration runs the model, which takes {needed / 1e9:.1f} GB; {free / 1e9:.1f} GB are "
@@ -62,11 +61,6 @@ def from_text(source: Source, kind: Any, text: str | Path) -> dict[str, Tensor]:
     if source.gguf is not None:
         return importance(models.load(source.gguf), ids)
     return importance(kind.from_pretrained(source.folder, dtype="auto").eval(), ids)
-
-
-def of_job(found: Mapping[str, Tensor] | None, users: Iterable[str]) -> Tensor | None:
-    """The importance for a weight with these users (a table's is that of its tied head)."""
-    return next((found[name] for name in users if name in found), None) if found else None
 
 
 def _ids(source: Source, text: str | Path) -> Tensor:

@@ -39,9 +39,8 @@ def microseconds(step: Step, tokens: int, keys: int, rates: Rates) -> float:
     weights = sum(step.weights)
     us = max(2 * launches * ROWS * weights / rates.gemm_tops / 1e6, weights / READ_GBPS / 1e3)
     if step.key_macs:
-        kv_heads = step.key_bytes * step.key_heads // (2 * step.key_macs)
         us += tokens * (keys - (tokens - 1) / 2) * 2 * step.key_macs / rates.attention_tops / 1e6
-        launches += kv_heads * -(-tokens // QUERIES) * -(-keys // KEYS)
+        launches += step.kv_heads * -(-tokens // QUERIES) * -(-keys // KEYS)
     return us + launches * rates.launch_us
 
 
