@@ -265,12 +265,16 @@ void set_mask(AttentionArgs& args, Tensor& mask) {
   args.mask = mask.const_data_ptr();
 }
 
+// K and V as int8 rows (quantize_rows), which carry their scale.
+bool packed_rows(const Tensor& t) { return t.scalar_type() == at::kChar; }
+
+int64_t row_width(const Tensor& t) { return t.size(3) - (packed_rows(t) ? kRowScale : 0); }
+
 // q k^T, softmax, v: fp32 [B, T, H * Dv] in `out`.
 void attend(Tensor q, Tensor k, Tensor v, OptionalTensor mask, bool causal, double scale, double softcap, Tensor& out) {
   AttentionArgs args{};
-  const bool packed = k.scalar_type() == at::kChar;
-  args.dtype = packed ? DType::i8 : dtype_of(q, "unicorn::int8_attention: q");
-  if (packed) q = q.to(at::kFloat);
+  args.dtype = packed_rows(k) ? DType::i8 : dtype_of(q, "unicorn::int8_attention: q");
+  if (packed_rows(k)) q = q.to(at::kFloat);
   int64_t* strides[3] = {args.q_stride, args.k_stride, args.v_stride};
   Tensor* tensors[3] = {&q, &k, &v};
   for (int i = 0; i < 3; ++i) {
@@ -282,7 +286,7 @@ void attend(Tensor q, Tensor k, Tensor v, OptionalTensor mask, bool causal, doub
   args.k = k.const_data_ptr();
   args.v = v.const_data_ptr();
   args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
-  args.Hkv = k.size(1), args.S = k.size(2), args.Dv = v.size(3) - (packed ? kRowScale : 0);
+  args.Hkv = k.size(1), args.S = k.size(2), args.Dv = row_width(v);
   if (mask) set_mask(args, *mask);
   args.causal = causal;
   args.scale = static_cast<float>(scale);
@@ -298,13 +302,12 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
   TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, "q, k, v: got shapes ", q.sizes(), ", ", k.sizes(),
               ", ", v.sizes(), ", expected four dims each");
   dtype_of(q, "unicorn::int8_attention: q");
-  const bool packed = k.scalar_type() == at::kChar;
-  TORCH_CHECK(v.scalar_type() == k.scalar_type() && (packed || k.scalar_type() == q.scalar_type()), op,
+  TORCH_CHECK(v.scalar_type() == k.scalar_type() && (packed_rows(k) || k.scalar_type() == q.scalar_type()), op,
               "q, k, v: got dtypes ", q.scalar_type(), ", ", k.scalar_type(), ", ", v.scalar_type(),
               ", expected three equal ones, or k and v from unicorn::quantize_rows");
   TORCH_CHECK(k.device().is_cpu() && v.device().is_cpu(), op, "k and v must be on the CPU");
-  TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && k.size(3) == q.size(3) + (packed ? kRowScale : 0) &&
-                  v.size(1) == k.size(1) && v.size(2) == k.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
+  TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && row_width(k) == q.size(3) && v.size(1) == k.size(1) &&
+                  v.size(2) == k.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
               op, "q, k, v: shapes do not match: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
 }
 
@@ -314,8 +317,7 @@ Tensor int8_attention(const Tensor& q, const Tensor& k, const Tensor& v, const O
                       const OptionalTensor& residual) {
   check_attention(q, k, v);
   Arguments arguments("int8_attention");
-  const int64_t width = v.size(3) - (v.scalar_type() == at::kChar ? kRowScale : 0);
-  Tensor joined = at::empty({q.size(0), q.size(2), q.size(1) * width}, q.options().dtype(at::kFloat));
+  Tensor joined = at::empty({q.size(0), q.size(2), q.size(1) * row_width(v)}, q.options().dtype(at::kFloat));
   attend(q, k, v, mask, causal, scale, softcap, joined);
   if (is_float(wo)) {
     const Tensor y = project(joined, wo, bo, n, q.scalar_type(), "int8_attention", "wo");

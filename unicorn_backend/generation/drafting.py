@@ -20,10 +20,8 @@ NGRAMS = (4, 3, 2)
 MARGIN = 1.2
 """A draft must promise 20 % more tokens per second: rates and costs are estimates."""
 
-PRIOR_HITS, PRIOR_TRIALS = (
-    0.0,
-    2.0,
-)  # pessimistic: learning is free, a wrong draft is not (fresh text at 0.88x with 0.5)
+# Pessimistic: learning is free, a wrong draft is not (fresh text at 0.88x with 0.5 hits in 1 trial).
+PRIOR_HITS, PRIOR_TRIALS = 0.0, 2.0
 MEMORY = 32.0
 """Trials remembered per context length: older ones fade, so that a change of the text shows within a few lines."""
 

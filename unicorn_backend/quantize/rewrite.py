@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -193,7 +193,7 @@ def _shards(model: nn.Module, jobs: list[Job], keep_weights: bool) -> Any:
 def _run(job: Job, mapped: MappedFiles, keep: bool, importance: Mapping[str, Tensor], shards: Any) -> int:
     """Pack one weight, change its modules, let the float weight go. Returns the bytes of that."""
     size, storage = job.weight.nbytes, _local(job.weight).untyped_storage()
-    columns = next((importance[name] for name, _ in job.users if name in importance), None)
+    columns = importance_of(importance, (name for name, _ in job.users))
     weight = shards.whole(job.weight.detach()) if shards else job.weight.detach()
     packed = pack_weight(weight, job.scheme, job.users[0][0], columns)
     del weight
@@ -204,6 +204,11 @@ def _run(job: Job, mapped: MappedFiles, keep: bool, importance: Mapping[str, Ten
     del job.weight
     mapped.release(storage)
     return size
+
+
+def importance_of(found: Mapping[str, Tensor], users: Iterable[str]) -> Tensor | None:
+    """The importance of the columns of a weight with these users (a table's is that of its tied head)."""
+    return next((found[name] for name in users if name in found), None)
 
 
 def pack_weight(weight: Tensor, scheme: str, name: str, importance: Tensor | None = None) -> list[Tensor]:

@@ -26,7 +26,7 @@ from unicorn_backend.formats.safetensors import StoredTensor
 from unicorn_backend.formats.target import Encoded, Noise, Rows, Target, Unicorn
 from unicorn_backend.layouts import ROWS
 from unicorn_backend.quantize import card, report, rewrite
-from unicorn_backend.quantize.calibration import from_text, of_job
+from unicorn_backend.quantize.calibration import from_text
 from unicorn_backend.quantize.output import Output
 from unicorn_backend.quantize.recipe import FLOAT, Recipe
 from unicorn_backend.quantize.schemes import SEARCHED, ensure_kernels
@@ -198,7 +198,7 @@ def _with_importance(pieces: list[Piece], model: Skeleton, found: Mapping[str, T
     for piece in pieces:
         name = model.parameter_of(piece.stored.name) or ""
         wanted = piece.scheme in SEARCHED and not piece.exact
-        new.append(replace(piece, importance=of_job(found, users.get(name, ()))) if wanted else piece)
+        new.append(replace(piece, importance=rewrite.importance_of(found, users.get(name, ()))) if wanted else piece)
     return new
 
 
