@@ -70,6 +70,21 @@ def test_run_streams_the_prompt_and_its_continuation() -> None:
     assert call("run", "The film is a", "-n", "4").lstrip().startswith("The film is a")
 
 
+def test_run_and_bench_say_what_is_placed_where() -> None:
+    null = "ffn x6 on null: no device: calls are recorded and run on the CPU"
+    arguments = ("run", "The film is a", "-n", "4", "--device", "null")
+    out = call_json(*arguments, "--policy", "fixed")
+    assert null in out["placements"] and out["text"] == call_json("run", "The film is a", "-n", "4")["text"]
+    assert call_json("run", "The film is a", "-n", "4")["placements"] == []
+    streamed = CliRunner().invoke(cli.app, list(arguments), catch_exceptions=False)
+    assert null in streamed.stderr and "The film is a" in streamed.stdout
+    benched = call_json("bench", "-p", "8", "-n", "2", "--rounds", "1", "--no-eager", "--device", "null")
+    assert null in benched["placements"] and benched["devices"] == ["cpu", "null"] and benched["policy"] == "speed"
+    for wrong in (("--device", "tpu"), ("--policy", "cheap")):
+        with pytest.raises(OptionError, match="allowed are"):
+            call("run", "x", "-m", "/no/such/model", *wrong)
+
+
 def test_run_speculates_to_the_same_text() -> None:
     plain, fast = (call_json("run", "The film is a", "-n", "60", *extra) for extra in ((), ("--speculate",)))
     assert fast["text"] == plain["text"] and fast["accepted"] > 0
@@ -100,10 +115,20 @@ def test_chat_from_a_pipe(tmp_path: Path) -> None:
         "/retry",
         "/exit",
     ]
-    result = CliRunner().invoke(cli.app, ["chat", "-n", "8", "--seed", "1"], "\n".join(script), catch_exceptions=False)
+    arguments = ["chat", "-n", "8", "--seed", "1", "--device", "null"]
+    result = CliRunner().invoke(cli.app, arguments, "\n".join(script), catch_exceptions=False)
     out = result.output
     assert result.exit_code == 0, out
-    for expected in ("tok/s", "reused", "forgotten", "error: /set: got 'x'", "max_new_tokens=3", "conversations kept"):
+    said = (
+        "tok/s",
+        "reused",
+        "forgotten",
+        "error: /set: got 'x'",
+        "max_new_tokens=3",
+        "conversations kept",
+        "on null: ",
+    )
+    for expected in said:
         assert expected in out, (expected, out)
     for expected in ("unknown command /nonsense", "2 messages in", "2 messages from", "error: /save", "no question"):
         assert expected in out.replace("\n", " "), (expected, out)

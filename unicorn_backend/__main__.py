@@ -27,6 +27,7 @@ from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
 from unicorn_backend.generation.conversation import Conversation
 from unicorn_backend.generation.engine import Engine, Result, Settings
 from unicorn_backend.generation.live import stream_answer
+from unicorn_backend.options import Options
 from unicorn_backend.options import api_key as environment_api_key
 from unicorn_backend.partition import calibration
 from unicorn_backend.quantize import evaluate, stream
@@ -52,6 +53,10 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option("--model", "-m", help="Local folder, hub id, tiny, gemma3-1b or gemma3-4b.")]
 Recipe = Annotated[str, typer.Option("--recipe", "-r", help="Quantization recipe.")]
 Kv = Annotated[str, typer.Option("--kv", help="Keys and values: model (the model's dtype) or int8 (half the memory).")]
+Devices = Annotated[
+    list[str] | None, typer.Option("--device", help="Beside the CPU: vulkan, vulkan:780M, npu; repeat.")
+]
+Policy = Annotated[str, typer.Option("--policy", help="When a device gets a region: speed, power or fixed.")]
 MinTop1 = Annotated[
     float, typer.Option("--min-top1", min=0.0, max=1.0, help="Exit with 1 if a smaller share of tokens stays first.")
 ]
@@ -83,6 +88,8 @@ def run(
     model: Model = "tiny",
     recipe: Recipe = "default",
     kv: Kv = "model",
+    device: Devices = None,
+    policy: Policy = "speed",
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
@@ -94,9 +101,9 @@ def run(
     """Continue PROMPT; the text appears as it is generated, and at the end its speed (on stderr).
 
     Examples: `unicorn run "The film is a"`, `unicorn run --chat -m google/gemma-3-4b-it "What is a unicorn?"`,
-    `unicorn run --speculate - < letter.txt`
+    `unicorn run --speculate - < letter.txt`, `unicorn run --device vulkan --policy power "The film is a"`
     """
-    engine = Engine(model, recipe, kv=kv)
+    engine = Engine(model, _options(recipe, device, policy, kv))
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat:
         ids = engine.encode_rendered(engine.render([{"role": "user", "content": text}]))
@@ -106,13 +113,15 @@ def run(
     if chat:
         settings = engine.for_chat(settings)
     if as_json:
-        typer.echo(json.dumps({"prompt": prompt, **run_report(engine.generate(ids, settings))}))
+        report = run_report(engine.generate(ids, settings))
+        typer.echo(json.dumps({"prompt": prompt, **report, "placements": engine.placements()}))
         return
     if not chat:
         typer.echo(text, nl=False)
     console = Console(highlight=False)
     result = stream_answer(console, lambda **show: engine.generate(ids, settings, **show), engine.meter_line, monitor)
-    typer.echo(engine.summary(result), err=True)
+    for line in (engine.summary(result), *engine.placements()):
+        typer.echo(line, err=True)
 
 
 def run_report(result: Result) -> dict[str, Any]:
@@ -134,6 +143,8 @@ def chat_command(
     model: Model = "tiny",
     recipe: Recipe = "default",
     kv: Kv = "model",
+    device: Devices = None,
+    policy: Policy = "speed",
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.7,
@@ -145,9 +156,10 @@ def chat_command(
 
     A turn computes only its new tokens: those of the turns before are kept. Lines may come from a pipe.
 
-    Examples: `unicorn chat`, `unicorn chat -m google/gemma-3-4b-it --system "Answer in one sentence."`
+    Examples: `unicorn chat`, `unicorn chat -m google/gemma-3-4b-it --system "Answer in one sentence."`,
+    `unicorn chat --device vulkan`
     """
-    engine = Engine(model, recipe, kv=kv)
+    engine = Engine(model, _options(recipe, device, policy, kv))
     settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate)
     conversation = Conversation(engine, settings)
     conversation.system(system)
@@ -161,6 +173,8 @@ def serve(
     model: Model = "tiny",
     recipe: Recipe = "default",
     kv: Kv = "model",
+    device: Devices = None,
+    policy: Policy = "speed",
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str, typer.Option(help="Name of the model for clients; the last part of --model without.")] = "",
@@ -177,13 +191,14 @@ def serve(
 
     Requests run one after another; a prompt computes only what no earlier one had. Needs the extra `serve`.
 
-    Examples: `unicorn serve`, `unicorn serve -m google/gemma-3-4b-it --port 8080 --api-key secret --speculate`
+    Examples: `unicorn serve`, `unicorn serve -m google/gemma-3-4b-it --port 8080 --api-key secret --speculate`,
+    `unicorn serve --device vulkan --device npu --policy power`
     """
     try:
         from unicorn_backend.server import run as server
     except ModuleNotFoundError as error:
         raise OptionError(f"serve needs {error.name}: pip install 'unicorn-backend[serve]'") from error
-    engine = Engine(model, recipe, kv=kv, prefix_bytes=prefix_mb << 20)
+    engine = Engine(model, _options(recipe, device, policy, kv), prefix_bytes=prefix_mb << 20)
     limits = server.Limits(queue, per_client, max_body, max_tokens)
     server.serve(engine, host, port, limits, api_key or environment_api_key(), speculate, name, monitor)
 
@@ -369,8 +384,8 @@ def explain(
     measure: Annotated[
         int, typer.Option("--measure", min=0, metavar="TOKENS", help="Also time the regions, after such a prompt.")
     ] = 0,
-    device: Annotated[list[str] | None, typer.Option(help="Beside the CPU: vulkan, vulkan:780M, npu; repeat.")] = None,
-    policy: Annotated[str, typer.Option(help="speed, power or fixed.")] = "speed",
+    device: Devices = None,
+    policy: Policy = "speed",
     plot: Annotated[Path | None, typer.Option(help="Also draw it here, .png or .svg (extra `plot`).")] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -379,7 +394,7 @@ def explain(
     Examples: `unicorn explain -m google/gemma-3-4b-it`, `unicorn explain -m gemma3-1b --measure 128 --plot plan.svg`,
     `unicorn explain --device vulkan --policy power`
     """
-    options: Any = {"recipe": recipe, "devices": ("cpu", *(device or ())), "policy": policy}
+    options = _options(recipe, device, policy)
     compiled: Any = torch.compile(models.load(model), backend="unicorn", options=options)
 
     def generate(tokens: int, new: int) -> None:
@@ -401,6 +416,8 @@ def explain(
 def bench(
     model: Model = "tiny",
     recipe: Recipe = "default",
+    device: Devices = None,
+    policy: Policy = "speed",
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1)] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", "-n", min=2)] = 64,
     rounds: Annotated[int, typer.Option(min=1)] = 5,
@@ -422,7 +439,8 @@ def bench(
     """Measure tokens per second next to the memory ceiling and to eager bf16, interleaved.
 
     Examples: `unicorn bench`, `unicorn bench -m gemma3-1b -p 512 -n 128 --output 1b.json`,
-    `unicorn bench --context 512 --context 2000`, `unicorn bench --compare before.json after.json`,
+    `unicorn bench --context 512 --context 2000`, `unicorn bench --device vulkan --policy fixed`,
+    `unicorn bench --compare before.json after.json`,
     `unicorn bench -m gemma3-1b --peer llama.cpp=./llama-bench --gguf gemma-3-1b-q4_0.gguf`
     """
     if compare is not None:
@@ -431,11 +449,19 @@ def bench(
         return
     if threads:
         torch.set_num_threads(threads)
-    work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, recipe, tuple(context or ()))
+    options = _options(recipe, device, policy)
+    work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, options, tuple(context or ()))
     result = benchmark.bench(work, eager=eager, peers=[benchmark.Peer.parse(spec, gguf) for spec in peer or ()])
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     typer.echo(json.dumps(result, indent=2) if as_json else benchmark.report(result))
+
+
+def _options(recipe: str, device: list[str] | None, policy: str, kv: str = "model") -> dict[str, Any]:
+    """Of `torch.compile(options=)`, checked before anything is loaded."""
+    options = {"recipe": recipe, "devices": ("cpu", *(device or ())), "policy": policy, "kv": kv}
+    Options.parse(options)
+    return options
 
 
 def _rules(texts: list[str]) -> dict[str, str | None]:

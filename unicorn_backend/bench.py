@@ -11,8 +11,8 @@ import json
 import shlex
 import statistics
 import subprocess
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,10 @@ import torch
 import unicorn_backend
 from unicorn_backend import measure, models, table
 from unicorn_backend.errors import OptionError, UnicornError
+from unicorn_backend.integration.prepare import plans_of
 from unicorn_backend.measure import Timing
+from unicorn_backend.options import Options
+from unicorn_backend.plan import placements
 
 SCHEMA = 1
 
@@ -70,7 +73,7 @@ class Workload:
     prompt_tokens: int = 128
     new_tokens: int = 64
     rounds: int = 5
-    recipe: str = "default"
+    options: Mapping[str, Any] = field(default_factory=dict)  # of our own compiled model
     contexts: tuple[int, ...] = ()  # further prompt lengths: first token and decode speed at each
 
 
@@ -88,6 +91,7 @@ class System:
 
 def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> dict[str, Any]:
     """Measure and return the JSON object."""
+    options = Options.parse(work.options)
     ids = models.sample_ids(work.prompt_tokens, work.model)
     original = models.load(work.model)
     parameters = sum(p.numel() for p in original.parameters())
@@ -109,7 +113,10 @@ def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> 
         "prompt_tokens": work.prompt_tokens,
         "new_tokens": work.new_tokens,
         "rounds": work.rounds,
-        "recipe": work.recipe,
+        "recipe": options.recipe or "default",
+        "devices": list(options.devices),
+        "policy": options.policy,
+        "placements": placements(plans_of(systems[0].model._orig_mod)),
         "bandwidth": {"before_gbps": before, "after_gbps": after, "ceiling_gbps": ceiling},
         "systems": rows,
         "contexts": [_at_context(systems, work, tokens) for tokens in work.contexts],
@@ -139,8 +146,8 @@ def _at_context(systems: Sequence[System], work: Workload, tokens: int) -> dict[
 def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peers: Sequence[Peer]) -> list[System]:
     """unicorn first, then eager bf16, then the peers."""
     quantized = copy.deepcopy(original) if eager else original
-    unicorn_backend.quantize(quantized, recipe=work.recipe)
-    named = {"unicorn": torch.compile(quantized, backend="unicorn")}
+    unicorn_backend.quantize(quantized, recipe=work.options.get("recipe") or "default")
+    named = {"unicorn": torch.compile(quantized, backend="unicorn", options=dict(work.options))}
     if eager:
         named["eager bf16"] = original
     systems = [_hugging_face(name, model, ids, work) for name, model in named.items()]
@@ -216,6 +223,7 @@ def report(result: dict[str, Any]) -> str:
             for row in at["systems"]
         ]
         lines += ["", table.text(("after a prompt of", "", "first token, ms", "decode tok/s"), at_context)]
+    lines += result.get("placements", ())
     lines += [f"BUG: {bug}; more than the memory can deliver" for bug in result["bugs"]]
     return "\n".join(lines)
 
@@ -245,6 +253,9 @@ def compare(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             rows.append({"name": row["name"], **ratios, "same_logits": len(hashes) == 1})
     keys = ("model", "recipe", "prompt_tokens", "new_tokens")
     differs = [f"{key}: {old[key]} and {new[key]}" for key in keys if old[key] != new[key]]
+    for key, usual in (("devices", ["cpu"]), ("policy", "speed")):
+        a, b = old.get(key, usual), new.get(key, usual)
+        differs += [f"{key}: {a} and {b}"] * (a != b)
     for key in ("cpu", "threads", "torch", "transformers"):
         a, b = old["provenance"].get(key), new["provenance"].get(key)
         differs += [f"{key}: {a} and {b}"] * (a != b)

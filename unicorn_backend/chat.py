@@ -59,9 +59,15 @@ class Chat:
         engine = self.conversation.engine
         result = stream_answer(self.console, ask, engine.meter_line, self.monitor)
         self._note("there is no question to answer yet" if result is None else engine.summary(result))
+        if result is not None and result.compiled:
+            self._note_placements()
 
     def _note(self, text: str) -> None:
         self.console.print(text, style="dim", highlight=False, markup=False)
+
+    def _note_placements(self) -> None:
+        for line in self.conversation.engine.placements():
+            self._note(line)
 
     def _do_help(self, _: str) -> None:
         self._note(HELP)
@@ -108,6 +114,7 @@ class Chat:
         engine, settings = self.conversation.engine, self.conversation.settings
         values = ", ".join(f"{f.name}={getattr(settings, f.name)}" for f in fields(settings) if f.name in SETTABLE)
         self._note(f"{engine.name}; {values}\n{engine.prefixes.describe()}")
+        self._note_placements()
 
 
 SETTABLE: dict[str, Callable[[str], Any]] = {

@@ -17,7 +17,7 @@ from unicorn_backend.errors import UnicornError
 from unicorn_backend.partition import calibration, cost
 from unicorn_backend.partition.cost import Rates
 from unicorn_backend.partition.memory import MemoryPlan, plan_memory
-from unicorn_backend.plan import Left, Measured, Plan, Step
+from unicorn_backend.plan import Left, Measured, Plan, Step, placements
 
 KEYS_FOLDED = 64  # attention over numbers of keys in the same multiple of this is one line
 PROBE_TOKENS = 4  # tokens of the forward pass that an uncompiled model is traced with
@@ -49,7 +49,8 @@ class Explanation:
         rates = calibration.rates()
         lines = [f"{self.model}: {len(self.plans)} compiled graph(s)" + (f" ({self.note})" if self.note else "")]
         for plan in self.plans:
-            lines += ["", plan.summary(), *_table(plan, rates), *_devices(plan), *_left(plan), *_measured(plan, rates)]
+            placed = (f"  {line}" for line in placements([plan]))
+            lines += ["", plan.summary(), *_table(plan, rates), *placed, *_left(plan), *_measured(plan, rates)]
         if self.plans:
             lines += ["", f"predicted us per call: {rates.source}, {rates.threads} threads"]
         if self.memory is not None:
@@ -170,12 +171,6 @@ def compare(plan: Plan, rates: Rates) -> list[Comparison]:
         predicted = cost.microseconds(step, tokens, keys, rates, cost.is_cached(plan)) if on_cpu else None
         result.append(Comparison(kind, device if not on_cpu else "cpu", tokens, keys, us, predicted, len(group)))
     return result
-
-
-def _devices(plan: Plan) -> list[str]:
-    """Why regions are where they are, where there was a choice."""
-    folded: Counter[tuple[str, str, str]] = Counter((s.kind, s.device, s.reason) for s in plan.steps if s.reason)
-    return [f"  {kind} x{number} on {device}: {reason}" for (kind, device, reason), number in folded.items()]
 
 
 def _left(plan: Plan) -> list[str]:

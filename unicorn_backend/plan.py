@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 TYPICAL = 512
@@ -88,3 +89,12 @@ class Plan:
             f"graph {self.graph} (tokens {self.tokens}): {taken}; {self.weight_bytes / 1e6:.1f} MB of weights per "
             f"call; {torch_ops} plain torch ops; {len(self.left)} left with a reason{'; ' * bool(self.note)}{self.note}"
         )
+
+
+def placements(plans: Iterable[Plan]) -> list[str]:
+    """Why regions are where they are, where there was a choice: equal ones of a graph folded, equal lines said once."""
+    lines: dict[str, None] = {}
+    for plan in plans:
+        folded = Counter((step.kind, step.device, step.reason) for step in plan.steps if step.reason)
+        lines |= {f"{kind} x{number} on {device}: {reason}": None for (kind, device, reason), number in folded.items()}
+    return list(lines)

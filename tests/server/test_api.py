@@ -206,7 +206,7 @@ def test_health_metrics_and_page(server: Any, client: openai.OpenAI) -> None:
         assert name in text
     stats = json.loads(get(server, "/stats")[1])
     assert stats["model"] == "tiny" and stats["generated_tokens"] >= stats["recent_tokens_per_second"] > 0
-    assert stats["prompt_tokens"] > 0 and "GB/s" in stats["speed"]
+    assert stats["prompt_tokens"] > 0 and "GB/s" in stats["speed"] and stats["placements"] == []
     screen = Console(file=io.StringIO(), force_terminal=True, width=200)
     with live_line(server, screen, every_s=0.01):
         time.sleep(0.3)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from unicorn_backend.generation.meter import Meter
 from unicorn_backend.generation.prefix import PrefixStore
 from unicorn_backend.generation.text import TextStream
 from unicorn_backend.integration.prepare import plans_of
+from unicorn_backend.options import Options
+from unicorn_backend.plan import placements
 
 
 @dataclass(frozen=True)
@@ -101,22 +103,22 @@ class Engine:
     def __init__(
         self,
         name: str | Path = "tiny",
-        recipe: str = "default",
+        options: Mapping[str, Any] | None = None,
         *,
-        kv: str = "model",
         model: Any = None,
         tokenizer: Any = None,
         prefix_bytes: int = 1 << 30,
     ) -> None:
         """name: folder, hub id, or a name of `unicorn_backend.models`; model, tokenizer: already loaded ones.
 
-        kv: the option of that name (`options.py`).
+        options: of `torch.compile(..., options=)` (`options.py`). A wrong one raises before anything is loaded.
         """
+        Options.parse(options)
         self.name = str(name)
         self.tokenizer = models.load_tokenizer(name) if tokenizer is None else tokenizer
         original = models.load(name) if model is None else model
         self.original = original
-        self.model: Any = torch.compile(original, backend="unicorn", options={"recipe": recipe, "kv": kv})
+        self.model: Any = torch.compile(original, backend="unicorn", options=dict(options or {}))
         self.config = original.config.get_text_config()
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
         self.prefixes = PrefixStore(self.model, prefix_bytes)
@@ -134,6 +136,10 @@ class Engine:
     def meter_line(self, tokens_per_second: float, tokens: int) -> str:
         """The live line of a running answer; one call of the model per token is assumed."""
         return f"{tokens} tokens · " + self.meter.describe(tokens_per_second, tokens_per_second, tokens)
+
+    def placements(self) -> list[str]:
+        """What runs where and why, where another device than the CPU was named; known once something ran."""
+        return placements(plans_of(self.original))
 
     def summary(self, result: Result) -> str:
         """One line about a finished answer: speed, first token, what was reused, how it ended."""

@@ -109,6 +109,7 @@ class Server:
             **self.metrics.totals(),
             "speed": self.metrics.speed(),
             "prefixes": self.engine.prefixes.describe(),
+            "placements": self.engine.placements(),
         }
 
     async def _health(self) -> JSONResponse:

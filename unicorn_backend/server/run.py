@@ -50,6 +50,8 @@ def serve(
         shown = f"[{host}]" if ":" in host else host
         base = f"http://{shown}:{listener.getsockname()[1]}"
         print(f"ready in {seconds:.1f} s: {base}/v1 (OpenAI API), {base}/ (statistics)", file=sys.stderr, flush=True)
+        for line in engine.placements():
+            print(line, file=sys.stderr)
         if host not in ("127.0.0.1", "::1", "localhost") and not api_key:
             print("warning: everybody who reaches this address may use it; set --api-key", file=sys.stderr)
         config = uvicorn.Config(
