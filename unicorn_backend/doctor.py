@@ -30,7 +30,7 @@ from rich.text import Text
 from unicorn_backend import assets, measure, table
 from unicorn_backend.errors import NativeLibraryError, OptionError
 from unicorn_backend.generation.meter import bandwidth_gbps
-from unicorn_backend.options import cache_folder, forced_isa
+from unicorn_backend.options import cache_folder, forced_isa, npu_folder
 from unicorn_backend.partition import calibration
 from unicorn_backend.runtime import open_device
 
@@ -278,6 +278,18 @@ def check_npu() -> Check:
     return Check("npu", "ok", f"{chip}, driver and XRT present")
 
 
+def check_xrt() -> Check:
+    """How the NPU is reached: through which binding, by runlists or single runs."""
+    from unicorn_backend.runtime.npu.xrt import find_xrt
+
+    if check_npu().status != "ok":
+        return Check("xrt", "info", "no NPU to open")
+    found = find_xrt(npu_folder())
+    if isinstance(found, str):
+        return Check("xrt", "warn", found, "the distribution's Python with python3-xrt, or kernels/build.py wrapper")
+    return Check("xrt", "ok", found.label)
+
+
 def _pci_npu() -> str | None:
     for device in Path("/sys/bus/pci/devices").glob("*/device"):
         name = AMD_NPUS.get(device.read_text().strip())
@@ -312,6 +324,7 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_disk,
     check_vulkan,
     check_npu,
+    check_xrt,
     check_memlock,
 )
 

@@ -2,6 +2,7 @@
 // releases its lock. Pointers are owned by the caller; a null pointer or nonzero code comes with a message.
 //
 //   g++ -std=c++17 -O2 -shared -fPIC kernels/xrt/wrapper.cpp -lxrt_coreutil -o libunicorn_xrt.so
+#include <xrt/experimental/xrt_kernel.h>
 #include <xrt/experimental/xrt_xclbin.h>
 #include <xrt/xrt_bo.h>
 #include <xrt/xrt_device.h>
@@ -9,7 +10,9 @@
 #include <xrt/xrt_kernel.h>
 
 #include <chrono>
+#include <condition_variable>
 #include <cstring>
+#include <memory>
 #include <stdexcept>
 #include <string>
 
@@ -145,6 +148,32 @@ int unicorn_xrt_start(Launch* launch) {
 // The state of the command; 8 if it did not end in time.
 int unicorn_xrt_wait(Launch* launch, unsigned timeout_ms) {
   return guarded([&] { return int(launch->run.wait(std::chrono::milliseconds(timeout_ms))); }, 5);
+}
+
+// Several launches of a context as one command, started. They must not be started on their own while it exists.
+xrt::runlist* unicorn_xrt_chain(Context* context, Launch* const* launches, int count) {
+  return guarded(
+      [&] {
+        auto list = std::make_unique<xrt::runlist>(context->context);
+        for (int i = 0; i < count; ++i) list->add(launches[i]->run);
+        list->execute();
+        return list.release();
+      },
+      nullptr);
+}
+void unicorn_xrt_chain_free(xrt::runlist* chain) { delete chain; }
+// 4 if all of them completed, the state of the first that did not; 8 if they did not end in time.
+int unicorn_xrt_chain_wait(xrt::runlist* chain, unsigned timeout_ms) {
+  return guarded(
+      [&] {
+        try {
+          const auto status = chain->wait(std::chrono::milliseconds(timeout_ms));
+          return int(status == std::cv_status::timeout ? ERT_CMD_STATE_TIMEOUT : ERT_CMD_STATE_COMPLETED);
+        } catch (const xrt::runlist::command_error& error) {
+          return int(error.get_command_state());
+        }
+      },
+      5);
 }
 
 }  // extern "C"

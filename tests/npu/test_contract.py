@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from tests.npu.xrt import contract
+from unicorn_backend import doctor
 from unicorn_backend.runtime.npu import emulator, host_model
+from unicorn_backend.runtime.npu.engine import NpuEngine
+from unicorn_backend.runtime.npu.xrt import WRAPPER, PyXrt, find_xrt
 
 
 @pytest.fixture(scope="module")
@@ -38,28 +43,45 @@ def test_emulator_keeps_the_contract(folder: Path) -> None:
 FAULTS = {
     "hang": emulator.Faults(hang=True),
     "abort": emulator.Faults(state=6),
+    "midway-hang": emulator.Faults(hang=True, after=5),
+    "midway-abort": emulator.Faults(state=6, after=5),
     "error": emulator.Faults(state=5),
     "memory": emulator.Faults(memory_bytes=8 << 10),
     "contexts": emulator.Faults(contexts=0),
     "firmware": emulator.Faults(no_firmware=True),
+    **dict.fromkeys(("truncated", "damaged", "another-k"), emulator.Faults()),
 }
+
+
+def test_without_runlists_single_runs(folder: Path) -> None:
+    """As with a pyxrt that has none; the label says so."""
+    module = SimpleNamespace(**{name: value for name, value in vars(emulator).items() if name != "runlist"})
+    engine = NpuEngine(PyXrt(module, "pyxrt"), folder, True, contract.BUDGET, 60_000)
+    assert engine.xrt.label == "RyzenAI-npu1 through pyxrt, single runs"
+    assert contract.one_by_one(engine, 5)
+
+
+def test_an_earlier_wrapper_is_refused(tmp_path: Path) -> None:
+    source = tmp_path / "wrapper.cpp"
+    source.write_text('extern "C" void* unicorn_xrt_open(int) { return nullptr; }')
+    subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / WRAPPER)], check=True)
+    assert "earlier sources: build it again" in str(find_xrt(tmp_path))
+
+
+def test_doctor_says_how_the_npu_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(tmp_path))
+    assert doctor.check_xrt().status == "info"
+    monkeypatch.setattr(doctor, "check_npu", lambda: doctor.Check("npu", "ok", "XDNA 1"))
+    monkeypatch.setitem(sys.modules, "pyxrt", None)
+    assert doctor.check_xrt().status == "warn"
+    monkeypatch.setitem(sys.modules, "pyxrt", emulator)
+    assert doctor.check_xrt().found == "RyzenAI-npu1 through pyxrt, runlists"
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_emulator_fails_as_the_real_one(folder: Path, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(emulator, "faults", FAULTS[fault])
     assert contract.main("emulator", str(folder), fault) == 0
-
-
-def test_a_truncated_xclbin_is_refused(folder: Path, tmp_path: Path) -> None:
-    for design in contract.DESIGNS:
-        source = contract.artifact_of(folder, design).folder
-        target = tmp_path / source.name
-        target.mkdir()
-        for path in source.iterdir():
-            data = path.read_bytes()
-            (target / path.name).write_bytes(data[:20] if path.name == "kernel.xclbin" else data)
-    assert contract.main("emulator", str(tmp_path), "truncated") == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="without root it is skipped for that reason already")

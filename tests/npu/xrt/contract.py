@@ -1,7 +1,7 @@
 """What the runtime relies on, checked on the real pyxrt over the fake driver, and on its stand-in.
 
     python contract.py emulator FOLDER          the stand-in of `unicorn_backend/runtime/npu/emulator.py`
-    python contract.py pyxrt FOLDER [FAULT]     the real module; FOLDER/<key> as `chroot.sh` made them
+    python contract.py pyxrt FOLDER [FAULT]     the real module; FOLDER/<key> as `run.sh` made them
     python contract.py wrapper FOLDER [FAULT]   our C wrapper over libxrt
 
 Needs NumPy only. Prints one line per check, ends with 1 if one failed.
@@ -9,9 +9,14 @@ Needs NumPy only. Prints one line per check, ends with 1 if one failed.
 
 from __future__ import annotations
 
+import functools
+import gc
+import hashlib
 import importlib
-import os
+import json
+import shutil
 import sys
+import tempfile
 import threading
 import time
 import types
@@ -38,10 +43,11 @@ from unicorn_backend.runtime.npu import arithmetic, artifacts, pack  # noqa: E40
 from unicorn_backend.runtime.npu.artifacts import Artifact  # noqa: E402
 from unicorn_backend.runtime.npu.designs import Attention, Design, Gemm, key  # noqa: E402
 from unicorn_backend.runtime.npu.engine import NpuEngine, NumpyEngine, Unavailable, test_case  # noqa: E402
-from unicorn_backend.runtime.npu.xrt import CXrt, PyXrt, XrtError  # noqa: E402
+from unicorn_backend.runtime.npu.xrt import COMPLETED, PENDING, CXrt, PyXrt, XrtError  # noqa: E402
 
 GEMM, ATTENTION = Gemm("npu1", 256, 512), Attention("npu1", 64, 32, 64, 2)
-DESIGNS: tuple[Design, ...] = (GEMM, ATTENTION)
+OTHER_K = Gemm("npu1", 128, 512)
+DESIGNS: tuple[Design, ...] = (GEMM, ATTENTION, OTHER_K)
 BUDGET = 1 << 30
 
 failures: list[str] = []
@@ -59,6 +65,14 @@ def raises(kind: type[Exception], call: Callable[[], Any]) -> bool:
     except kind:
         return True
     return False
+
+
+def message_of(kind: type[Exception], call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except kind as error:
+        return str(error)
+    return ""
 
 
 def test_module(api: Any, folder: Path) -> None:
@@ -137,13 +151,39 @@ def test_module(api: Any, folder: Path) -> None:
     check("wait2 raises", raises(RuntimeError, wrong.wait2))
     views[2][:] = 0
     bos[2].sync(directions.XCL_BO_SYNC_BO_TO_DEVICE)
-    chain, links = api.runlist(context), [made(), made()]
-    for link in links:
-        chain.add(link)
+
+    def listed(*runs: Any) -> Any:
+        chain = api.runlist(context)
+        for one in runs:
+            chain.add(one)
+        return chain
+
+    links = [made(), made()]
+    chain, behind = listed(*links), made()
+    chain.execute()
+    behind.start()
+    while int(behind.state()) in PENDING:
+        time.sleep(1e-4)
+    started = time.monotonic()
+    chain.wait()
+    check("commands run in their order: behind a runlist that is done", time.monotonic() - started < 0.1)
+    check("a runlist", result())
     chain.execute()
     chain.wait()
-    check("a chain of runs", result())
+    check("the same runlist again", result())
+    check("a runlist has no state, and no wait with a limit", not hasattr(chain, "state"))
+    check("a limit is a TypeError", raises(TypeError, functools.partial(chain.wait, 100)))
+    check("a run of a runlist is not started on its own", raises(RuntimeError, links[0].start))
     del chain  # the real one crashes if it outlives its context
+    chain = listed(links[0])
+    chain.execute()
+    chain.wait()
+    check("its runs go into another when it is gone", result())
+    del chain
+    chain = listed(made(), wrong, made())
+    chain.execute()
+    check("a run that fails is the runlist's failure", "(ERT_CMD_STATE_ERROR)" in message_of(RuntimeError, chain.wait))
+    del chain
 
 
 def test_engine(engine: NpuEngine) -> None:
@@ -167,13 +207,42 @@ def test_engine(engine: NpuEngine) -> None:
     for thread in threads:
         thread.join()
     check("four threads at once", results == [True] * 4)
+    check("runlists are used", engine.xrt.label.endswith(", runlists"))
+    check("nine launches, by fours", all(one_by_one(engine, count) for count in (1, 2, 3, 4, 9)))
     context = engine.kernel(GEMM).context
     buffers = [context.buffer(0, 4096)] * 4
     check("an argument too many is an error, not a crash", raises(XrtError, lambda: context.launch(buffers)))
 
 
+def one_by_one(engine: NpuEngine, count: int) -> bool:
+    """`count` launches with inputs of their own, started together, give each its result."""
+    context, (rows, keys) = engine.kernel(ATTENTION).context, test_case(ATTENTION, np.random.default_rng(count))
+    launches, outputs = [], []
+    for turn in range(count):
+        buffers = [context.buffer(i, size) for i, size in enumerate(ATTENTION.buffer_bytes)]
+        buffers[0].data[:] = pack.query_blocks(ATTENTION, rows.roll(turn))
+        buffers[1].data[:] = pack.key_blocks(ATTENTION, keys)
+        buffers[0].to_device()
+        buffers[1].to_device()
+        launches.append(context.launch(buffers))
+        outputs.append(buffers[2])
+    started = context.start(launches)
+    del launches, buffers  # what is on its way belongs to itself
+    gc.collect()
+    if started.wait(60_000) != COMPLETED:
+        return False
+    want = arithmetic.attend(rows, keys)
+    for turn, output in enumerate(outputs):
+        output.from_device()
+        got = pack.states(ATTENTION, output.data)
+        if not all(bool((getattr(got, x) == np.roll(getattr(want, x), turn, 0)).all()) for x in "mlo"):
+            return False
+    return True
+
+
 def test_waiting_lets_others_run(engine: NpuEngine) -> None:
-    """With commands of 200 ms: Python threads run while one waits."""
+    """With commands of 200 ms: Python threads run while one waits; what is on its way is kept."""
+    check("buffers of commands on their way are kept", one_by_one(engine, 3))
     kernel, ticks, stop = engine.kernel(ATTENTION), 0, threading.Event()
 
     def tick() -> None:
@@ -187,7 +256,8 @@ def test_waiting_lets_others_run(engine: NpuEngine) -> None:
     rows, keys = test_case(ATTENTION, np.random.default_rng(3))
     before = ticks
     with kernel:
-        kernel.submit([pack.query_blocks(ATTENTION, rows), pack.key_blocks(ATTENTION, keys)], lambda raw: None)
+        for _ in range(3):
+            kernel.submit([pack.query_blocks(ATTENTION, rows), pack.key_blocks(ATTENTION, keys)], lambda raw: None)
     during = ticks - before
     stop.set()
     thread.join()
@@ -200,7 +270,11 @@ FAULTS = {
     "error": "state ERROR",
     "memory": "ulimit -l",
     "contexts": "no hardware context is free",
-    "truncated": "truncated",
+    "truncated": "truncated",  # found by its checksum
+    "damaged": "the file is damaged",  # found by XRT: it was registered like that
+    "another-k": "does not give the CPU's integers",  # found by the self-test: nothing else says so
+    "midway-hang": "no answer in",  # FAKE_AFTER=5: the self-test of four launches is over
+    "midway-abort": "state ABORT",
 }
 
 
@@ -212,13 +286,33 @@ def test_fault(make: Callable[[], NpuEngine], fault: str) -> None:
         check(f"{fault}, open: {reason}", FAULTS[fault] in str(reason))
         return
     engine.timeout_ms = 500
+    a, b = np.ones((9 * GEMM.tokens, GEMM.k), np.int8), np.ones((GEMM.n, GEMM.k), np.int8)
+    weights = engine.weights(GEMM, b) if fault.startswith("midway") else None
     for attempt in range(2):
         try:
-            engine.prepare(ATTENTION)
+            engine.prepare(GEMM if fault == "another-k" else ATTENTION) if weights is None else engine.gemm(weights, a)
         except Unavailable as reason:
             check(f"{fault}, call {attempt + 1}: {reason}", FAULTS[fault] in str(reason))
         else:
             check(f"{fault}: nothing was noticed", False)
+
+
+def spoiled(folder: Path, fault: str) -> Path:
+    """A copy of the artifacts in which the files are wrong; the manifests agree, except for "truncated"."""
+    copy = Path(tempfile.mkdtemp()) / "artifacts"
+    shutil.copytree(folder, copy)
+    for design in (GEMM, ATTENTION):
+        path = artifact_of(copy, design).folder
+        if fault == "another-k":
+            for name in (artifacts.XCLBIN, artifacts.INSTRUCTIONS):
+                shutil.copy(artifact_of(copy, OTHER_K).folder / name, path / name)
+        else:
+            (path / artifacts.XCLBIN).write_bytes((path / artifacts.XCLBIN).read_bytes()[:20])
+        if fault != "truncated":
+            manifest = json.loads((path / artifacts.MANIFEST).read_text())
+            manifest["files"] = {n: hashlib.sha256((path / n).read_bytes()).hexdigest() for n in manifest["files"]}
+            (path / artifacts.MANIFEST).write_text(json.dumps(manifest))
+    return copy
 
 
 def artifact_of(folder: Path, design: Design) -> Artifact:
@@ -241,7 +335,9 @@ def main(kind: str, folder: str, fault: str = "") -> int:
     elif fault == "slow":
         test_waiting_lets_others_run(engine_of(kind, Path(folder)))
     elif fault:
-        test_fault(lambda: engine_of(kind, Path(folder)), fault)
+        wrong = fault in ("truncated", "damaged", "another-k")
+        root = spoiled(Path(folder), fault) if wrong else Path(folder)
+        test_fault(lambda: engine_of(kind, root), fault)
     else:
         if kind != "wrapper":
             test_module(module_of(kind), Path(folder))
@@ -250,6 +346,4 @@ def main(kind: str, folder: str, fault: str = "") -> int:
 
 
 if __name__ == "__main__":
-    code = main(*sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(code)  # a command that hangs must not keep the process
+    sys.exit(main(*sys.argv[1:]))  # as any program ends: a command that hangs neither keeps it nor makes it crash

@@ -5,8 +5,9 @@
 // The node is a plain file that also backs the memory. A command names a compute unit; its PDI, as the test puts it
 // into the xclbin, is "UNICORN\0" and the path of a library with `unicorn_launch` (kernels/host/launch.cc).
 //
-// Environment: FAKE_HANG=1 commands never end; FAKE_STATE=n they end in state n; FAKE_CONTEXTS=n contexts there are;
-// FAKE_MEMORY=bytes of lockable memory; FAKE_NO_FIRMWARE=1 the device does not come up; FAKE_DELAY_US=n; FAKE_DEBUG=1.
+// Environment: FAKE_HANG=1 commands never end; FAKE_STATE=n they end in state n; FAKE_AFTER=n the first n commands do
+// well; FAKE_CONTEXTS=n contexts there are; FAKE_MEMORY=bytes of lockable memory; FAKE_NO_FIRMWARE=1 the device does
+// not come up; FAKE_DELAY_US=n; FAKE_DEBUG=1.
 #include <dlfcn.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -164,7 +165,11 @@ uint64_t read64(const uint32_t* words, unsigned offset) {
 // Arguments lie where the xclbin says: opcode 0x00, control code 0x08, words 0x10, buffers from 0x14.
 uint32_t run_kernel(const std::string& path, const uint32_t* arguments) {
   using Launch = int (*)(const uint32_t*, uint32_t, void* const*, const uint64_t*, uint32_t, char*, uint64_t);
-  if (const long state = setting("FAKE_STATE")) return uint32_t(state);
+  static long commands = 0;  // there is one worker
+  if (++commands > setting("FAKE_AFTER")) {
+    if (const long state = setting("FAKE_STATE")) return uint32_t(state);
+    while (setting("FAKE_HANG")) pause();
+  }
   void* library = dlopen(path.c_str(), RTLD_NOW);
   auto launch = library ? reinterpret_cast<Launch>(dlsym(library, "unicorn_launch")) : nullptr;
   if (!launch || read64(arguments, 0) != 3) {
@@ -217,7 +222,6 @@ void work() {
     auto* packet = reinterpret_cast<uint32_t*>(bytes_of(driver.bos[job.command]));
     lock.unlock();
     if (const long delay = setting("FAKE_DELAY_US")) usleep(unsigned(delay));
-    if (setting("FAKE_HANG")) continue;
     const uint32_t state = run_command(context, packet);
     __atomic_store_n(&packet[0], (packet[0] & ~0xfu) | state, __ATOMIC_RELEASE);
     lock.lock();

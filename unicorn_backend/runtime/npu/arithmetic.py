@@ -57,6 +57,11 @@ class Rows:
     last: NDArray[np.int32]  # [R] one past the last
     shift: int
 
+    def roll(self, by: int) -> Rows:
+        """The same rows, `by` places further."""
+        mult, first, last = np.roll(self.mult, by), np.roll(self.first, by), np.roll(self.last, by)
+        return Rows(np.roll(self.q, by, 0), mult, first, last, self.shift)
+
 
 @dataclass
 class Keys:

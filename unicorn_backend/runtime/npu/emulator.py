@@ -10,7 +10,9 @@ from __future__ import annotations
 import enum
 import threading
 import uuid as uuids
+import weakref
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +33,7 @@ class Faults:
 
     hang: bool = False  # commands never complete
     state: int = 0  # commands end in this state without running
+    after: int = 0  # commands that do well before they hang or fail
     contexts: int | None = None  # hardware contexts that are left
     memory_bytes: int | None = None  # locked memory that is left
     no_firmware: bool = False  # the driver does not come up: no device
@@ -107,8 +110,10 @@ class xclbin:
 
     def __init__(self, path: str) -> None:
         data = Path(path).read_bytes()
-        if data[:7] != b"xclbin2" or len(data) < 32:
-            raise RuntimeError(f"Invalid xclbin: {path}")
+        if len(data) < 32:
+            raise RuntimeError("xclbin: buffer too small to contain header")
+        if data[:7] != b"xclbin2":
+            raise RuntimeError("Invalid xclbin")
         self._library = Path(path).with_name(LIBRARY)
         self._uuid = uuid(str(uuids.uuid5(uuids.NAMESPACE_OID, str(path))))
 
@@ -129,7 +134,8 @@ class hw_context:
         owner._contexts += 1
         self._owner = owner
         self._launch = Launcher(owner._registered[image.to_string()]._library)
-        self._queue = threading.Lock()  # commands of a context run one after another
+        self._hangs = False
+        self._queue = ThreadPoolExecutor(1)  # commands of a context run one after another, in their order
 
     def __del__(self) -> None:
         if hasattr(self, "_owner"):
@@ -212,6 +218,7 @@ class run:
         self._arguments: dict[int, Any] = {}
         self._state = ert_cmd_state.ERT_CMD_STATE_NEW
         self._done = threading.Event()
+        self._list: weakref.ref[runlist] | None = None
 
     def set_arg(self, index: int, value: Any) -> None:
         if index >= len(GROUPS):
@@ -223,21 +230,27 @@ class run:
         self._arguments[index] = value
 
     def start(self) -> None:
+        if self._list is not None and self._list() is not None:
+            raise RuntimeError("Run object belongs to a runlist and cannot be explicitly started: Invalid argument")
+        self._reset()
+        self._context._queue.submit(self._execute)
+
+    def _reset(self) -> None:
         self._done.clear()
         self._state = ert_cmd_state.ERT_CMD_STATE_NEW
-        if faults.hang:
-            return
-        threading.Thread(target=self._execute, daemon=True).start()
 
     def _execute(self) -> None:
-        with self._context._queue:
-            state = self._run()
+        well = faults.after > 0
+        faults.after -= well
+        self._context._hangs |= faults.hang and not well
+        if not self._context._hangs:
+            self._end(faults.state if faults.state and not well else self._run())
+
+    def _end(self, state: int) -> None:
         self._state = ert_cmd_state(state)
         self._done.set()
 
     def _run(self) -> int:
-        if faults.state:
-            return faults.state
         given = self._arguments
         if sorted(given) != list(range(len(GROUPS))) or given[0] != 3:
             return ert_cmd_state.ERT_CMD_STATE_ERROR
@@ -263,28 +276,42 @@ class run:
 
 class runlist:
     def __init__(self, context: hw_context) -> None:
+        self._context = context
         self._runs: list[run] = []
+        self._done = threading.Event()
+        self._done.set()
 
     def add(self, one: run) -> None:
+        if one._context is not self._context:
+            raise RuntimeError("runlist hwctx and run object hwctx mismatch")
+        one._list = weakref.ref(self)
         self._runs.append(one)
 
     def execute(self) -> None:
-        threading.Thread(target=_chain, args=(list(self._runs),), daemon=True).start()
+        if not self._done.is_set():
+            raise RuntimeError("runlist must be idle before submitting for execution, current state: running")
+        self._done.clear()
+        for one in self._runs:
+            one._reset()
+        self._context._queue.submit(_chain, self._runs, self._done)
 
     def wait(self) -> None:
-        for one in self._runs:
-            if one.wait() != ert_cmd_state.ERT_CMD_STATE_COMPLETED:
-                raise RuntimeError("runlist failed execution")
+        """Without a limit, as the real one: waiting for a time is a TypeError there."""
+        self._done.wait()
+        failed = [one._state for one in self._runs if one._state != ert_cmd_state.ERT_CMD_STATE_COMPLETED]
+        if failed:
+            raise RuntimeError(f"runlist failed execution ({failed[0].name})")
 
 
-def _chain(runs: Sequence[run]) -> None:
+def _chain(runs: Sequence[run], done: threading.Event) -> None:
+    """The first that fails ends all that follow."""
+    failed = False
     for one in runs:
-        one._done.clear()
-    for one in runs:
-        one._execute()
-        if one._state != ert_cmd_state.ERT_CMD_STATE_COMPLETED:
-            for rest in runs:
-                if not rest._done.is_set():
-                    rest._state = ert_cmd_state.ERT_CMD_STATE_ABORT
-                    rest._done.set()
-            return
+        if failed:
+            one._end(ert_cmd_state.ERT_CMD_STATE_ABORT)
+        else:
+            one._execute()
+            if not one._done.is_set():
+                return
+            failed = one._state != ert_cmd_state.ERT_CMD_STATE_COMPLETED
+    done.set()

@@ -1,12 +1,14 @@
 """Whole products and whole attentions out of launches: on the NPU, or the same integers in NumPy.
 
 Blockwise: a launch has a fixed size, so inputs of any size go through a few persistent slots (buffers and a run
-each), several in flight. A kernel serves only after its first launch gave NumPy's bits on this machine. After a
-time-out or a failed command nothing of the device is used any more: it may still write, so its buffers are kept.
+each), several to a runlist: the host fills one while the NPU works on the other. A kernel serves only after its first
+runlist gave NumPy's bits on this machine. After a time-out or a failed command nothing of the device is used any
+more: it may still write, so its buffers are kept.
 """
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
 import time
@@ -22,13 +24,14 @@ from numpy.typing import NDArray
 from unicorn_backend.runtime.npu import arithmetic, artifacts, host_model, pack
 from unicorn_backend.runtime.npu.arithmetic import Keys, Rows, State
 from unicorn_backend.runtime.npu.designs import Attention, Design, Gemm, key
-from unicorn_backend.runtime.npu.xrt import COMPLETED, STATES, Context, Xrt, XrtError
+from unicorn_backend.runtime.npu.xrt import COMPLETED, STATES, Context, Started, Xrt, XrtError
 
 log = logging.getLogger(__name__)
 
-SLOTS = 4  # launches in flight per kernel
+CHAIN = 4  # launches of a runlist
+CHAINS = 2  # runlists per kernel
 BUDGET_BYTES = 2 << 30
-TIMEOUT_MS = 5000  # of one launch, which takes milliseconds
+TIMEOUT_MS = 5000  # of a runlist, whose launches take milliseconds
 
 Int8 = NDArray[np.int8]
 Int32 = NDArray[np.int32]
@@ -192,6 +195,8 @@ class NpuEngine:
         with self._lock:
             self._kept.append(kept)
             if not self.lost:
+                # Never freed, not at the interpreter's end either: XRT aborts a process that frees a run on its way.
+                ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
                 self.lost = f"the NPU is not used any more in this process: {reason}"
                 log.warning("%s", self.lost)
 
@@ -222,12 +227,14 @@ class _Kernel:
     def __init__(self, engine: NpuEngine, design: Design, context: Context) -> None:
         self.design, self.context, self._engine = design, context, engine
         self._lock = threading.Lock()
-        self._slots: list[_Slot] = []
         self._next = 0
         inputs = (0, 1, 2) if isinstance(design, Attention) else (0, 2)  # weights bring their own buffer
-        for _ in range(SLOTS):
-            buffers = {i: engine.buffer(context, i, design.buffer_bytes[i]) for i in inputs}
-            self._slots.append(_Slot(buffers))
+        self._chains = [
+            _Chain(
+                [_Slot({i: engine.buffer(context, i, design.buffer_bytes[i]) for i in inputs}) for _ in range(CHAIN)]
+            )
+            for _ in range(CHAINS)
+        ]
 
     def __enter__(self) -> _Kernel:
         self._lock.acquire()
@@ -236,16 +243,20 @@ class _Kernel:
     def __exit__(self, kind: Any, *_: Any) -> None:
         try:
             if kind is None:
-                for turn in range(SLOTS):
-                    self._finish(self._slots[(self._next + turn) % SLOTS])
+                self._start(self._chains[self._next])
+                for turn in range(CHAINS):
+                    self._finish(self._chains[(self._next + turn) % CHAINS])
         finally:
+            for chain in self._chains:
+                if chain.started is None:  # what an error left behind; what is started is waited for by the next user
+                    chain.filled = 0
             self._lock.release()
 
     def submit(self, inputs: list[Any], done: Any) -> None:
-        """Start a launch; `done(bytes of the result)` runs when its slot is needed again, or at the end."""
-        slot = self._slots[self._next]
-        self._next = (self._next + 1) % SLOTS
-        self._finish(slot)
+        """Queue a launch; `done(bytes of the result)` runs when its slot is needed again, or at the end."""
+        chain = self._chains[self._next]
+        self._finish(chain)
+        slot = chain.slots[chain.filled]
         given = {i: x for i, x in enumerate(inputs) if not isinstance(x, np.ndarray)}
         for index, data in enumerate(inputs):
             if index not in given:
@@ -256,25 +267,44 @@ class _Kernel:
                 slot.launch = self.context.launch([given.get(i, slot.buffers.get(i)) for i in range(3)])
             for index, buffer in given.items():
                 slot.launch.set_buffer(index, buffer)
-            slot.launch.start()
         except XrtError as error:
             self._engine.lose(str(error), self)
             raise Unavailable(self._engine.lost) from error
         slot.done = done
-        self._engine.launches += 1
+        chain.filled += 1
+        if chain.filled == CHAIN:
+            self._start(chain)
 
-    def _finish(self, slot: _Slot) -> None:
-        if slot.done is None:
+    def forget(self) -> None:
+        """Drop the launches with the buffers that they own."""
+        for chain in self._chains:
+            for slot in chain.slots:
+                slot.launch = None
+
+    def _start(self, chain: _Chain) -> None:
+        if not chain.filled:
             return
-        done, slot.done = slot.done, None
-        state = slot.launch.wait(self._engine.timeout_ms)
+        try:
+            chain.started = self.context.start([slot.launch for slot in chain.slots[: chain.filled]])
+        except XrtError as error:
+            self._engine.lose(str(error), self)
+            raise Unavailable(self._engine.lost) from error
+        self._engine.launches += chain.filled
+        self._next = (self._next + 1) % CHAINS
+
+    def _finish(self, chain: _Chain) -> None:
+        if chain.started is None:
+            return
+        state = chain.started.wait(self._engine.timeout_ms)
         if state != COMPLETED:
             name = STATES.get(state, str(state))
             text = f"no answer in {self._engine.timeout_ms / 1000:g} s" if name == "TIMEOUT" else f"state {name}"
             self._engine.lose(f"{self.design.kind}: {text}", self)
             raise Unavailable(self._engine.lost)
-        slot.buffers[2].from_device()
-        done(slot.buffers[2].data)
+        chain.started, filled, chain.filled = None, chain.filled, 0
+        for slot in chain.slots[:filled]:
+            slot.buffers[2].from_device()
+            slot.done(slot.buffers[2].data)
 
 
 @dataclass
@@ -284,8 +314,20 @@ class _Slot:
     done: Any = None
 
 
+@dataclass
+class _Chain:
+    """Slots whose launches go together. `started` is what waits for them, and keeps them until they are done."""
+
+    slots: list[_Slot]
+    filled: int = 0
+    started: Started | None = None
+
+
 def _self_test(engine: NpuEngine, kernel: _Kernel) -> str:
-    """Bits of one launch on random data against NumPy; the reason if the kernel must not serve."""
+    """Bits of a whole runlist on random data against NumPy; the reason if the kernel must not serve.
+
+    Each launch has its rows in another order, so that a result in another launch's buffer shows.
+    """
     design, rng = kernel.design, np.random.default_rng(0)
     results: list[NDArray[np.uint8]] = []
     try:
@@ -295,27 +337,33 @@ def _self_test(engine: NpuEngine, kernel: _Kernel) -> str:
             buffer = engine.buffer(kernel.context, 1, design.buffer_bytes[1])
             buffer.data[:] = pack.gemm_b(design, b)
             buffer.to_device()
-            started = time.perf_counter()
-            with kernel:
-                kernel.submit([pack.gemm_a(design, a), buffer], lambda raw: results.append(raw.copy()))
-            seconds = time.perf_counter() - started
-            engine.used_bytes -= design.buffer_bytes[1]
-            for slot in kernel._slots:  # the next product brings its own
-                slot.launch = None
-            same = bool((pack.gemm_c(design, results[0]) == arithmetic.gemm(a, b.T)).all())
+            inputs = [[pack.gemm_a(design, np.roll(a, turn, 0)), buffer] for turn in range(CHAIN)]
         else:
             rows, keys = test_case(design, rng)
-            started = time.perf_counter()
-            with kernel:
-                inputs = [pack.query_blocks(design, rows), pack.key_blocks(design, keys)]
-                kernel.submit(inputs, lambda raw: results.append(raw.copy()))
-            seconds = time.perf_counter() - started
-            got, want = pack.states(design, results[0]), arithmetic.attend(rows, keys)
-            same = all(bool((getattr(got, x) == getattr(want, x)).all()) for x in "mlo")
+            inputs = [
+                [pack.query_blocks(design, rows.roll(turn)), pack.key_blocks(design, keys)] for turn in range(CHAIN)
+            ]
+        started = time.perf_counter()
+        with kernel:
+            for given in inputs:
+                kernel.submit(given, lambda raw: results.append(raw.copy()))
+        seconds = time.perf_counter() - started
     except Unavailable as error:
         return str(error)
-    if same and not engine._emulated:  # the test's own launch, with copies and tiling: what a caller gets
-        engine.tops[design.kind] = design.operations / seconds / 1e12
+    if isinstance(design, Gemm):
+        engine.used_bytes -= design.buffer_bytes[1]
+        kernel.forget()  # the next product brings its own weights
+        want = [arithmetic.gemm(a, b.T)]
+        got = [[pack.gemm_c(design, raw)] for raw in results]
+    else:
+        state = arithmetic.attend(rows, keys)
+        want = [state.m, state.l, state.o]
+        got = [[s.m, s.l, s.o] for s in (pack.states(design, raw) for raw in results)]
+    same = all(
+        bool((x == np.roll(y, turn, 0)).all()) for turn, one in enumerate(got) for x, y in zip(one, want, strict=True)
+    )
+    if same and not engine._emulated:  # the test's own launches, with their copies: what a caller gets
+        engine.tops[design.kind] = CHAIN * design.operations / seconds / 1e12
     return "" if same else f"kernel {key(design)} does not give the CPU's integers on this machine: it must not serve"
 
 

@@ -1,9 +1,10 @@
 """XRT, reached through the first that is there: our C wrapper (`kernels/xrt/wrapper.cpp`), else `pyxrt`.
 
-Both give the same few things: a context per xclbin, buffers that stay, launches that are started and waited for
-without the interpreter lock. What the bindings get wrong is kept in here: `pyxrt` waits with the lock held (so its
-state is polled), crashes on an argument too many (so the count is checked), and a run does not keep its buffers
-alive (so launches do).
+Both give the same few things: a context per xclbin, buffers that stay, launches that are started as a runlist (one
+command for all of them) and waited for without the interpreter lock. What the bindings get wrong is kept in here:
+`pyxrt` waits with the lock held (so its state is polled), and for a runlist without a limit of time (see `_PyChain`);
+it crashes on an argument too many (so the count is checked), and a run does not keep its buffers alive (so launches
+do).
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ PENDING = (1, 2, 3, 7)
 WRAPPER = "libunicorn_xrt.so"
 
 
+DAMAGED = ("nvalid xclbin", "xclbin: buffer too small", "xclbin: m_length", "No valid DPU kernel")  # as XRT 2.25 says
+
+
 class XrtError(Exception):
     """XRT said no. The message is XRT's, with what it usually means."""
 
@@ -45,13 +49,16 @@ class Buffer(Protocol):
 
 
 class Launch(Protocol):
-    """A run of the kernel with all arguments set; it owns them. `wait` gives the state, 8 for a time-out."""
+    """A run of the kernel with all arguments set; it owns them."""
 
     def set_buffer(self, index: int, buffer: Any) -> None: ...
 
-    def start(self) -> None: ...
 
-    def wait(self, timeout_ms: int) -> int: ...
+class Started(Protocol):
+    """Launches on their way; it owns them."""
+
+    def wait(self, timeout_ms: int) -> int:
+        """COMPLETED if all of them did; else the state of one that did not, 8 for a time-out."""
 
 
 class Context(Protocol):
@@ -62,11 +69,14 @@ class Context(Protocol):
 
     def launch(self, buffers: Sequence[Any]) -> Any: ...
 
+    def start(self, launches: Sequence[Any]) -> Started:
+        """One after another, as a runlist where there are such. Raises XrtError."""
+
 
 class Xrt(Protocol):
     """One NPU."""
 
-    label: str  # "RyzenAI-npu1 through pyxrt"
+    label: str  # "RyzenAI-npu1 through pyxrt, runlists"
     name: str  # as XRT names the device
 
     def context(self, artifact: Artifact) -> Context: ...
@@ -79,10 +89,31 @@ def explain(message: str) -> str:
         ("err=11", "locked memory ran out: raise `ulimit -l` (docs/npu.md, memlock)"),
         ("CREATE_HWCTX", "no hardware context is free: another program holds them, or too many kernels are in use"),
         ("Permission denied", "add yourself to the group `render`, and log in again"),
-        ("nvalid xclbin", "the file is damaged: build the kernel again"),
+        *((mark, "the file is damaged: build the kernel again") for mark in DAMAGED),
     )
     hints = [text for mark, text in known if mark in message]
     return f"{message.strip()} ({hints[0]})" if hints else message.strip()
+
+
+def _label(name: str, how: str, runlists: bool) -> str:
+    return f"{name} through {how}, {'runlists' if runlists else 'single runs'}"
+
+
+class _Runs:
+    """Launches started one by one."""
+
+    def __init__(self, launches: Sequence[Any]) -> None:
+        self._launches = list(launches)
+        for launch in launches:
+            launch.start()
+
+    def wait(self, timeout_ms: int) -> int:
+        end = time.monotonic() + timeout_ms / 1000
+        for launch in self._launches:
+            state = int(launch.wait(max(round((end - time.monotonic()) * 1000), 1)))  # 0 would be without end
+            if state != COMPLETED:
+                return state
+        return COMPLETED
 
 
 # --- pyxrt, and the emulator that has its interface ---------------------------------------------
@@ -98,7 +129,7 @@ class PyXrt:
             self.name = str(self._device.get_info(module.xrt_info_device.name))
         except RuntimeError as error:
             raise XrtError(explain(str(error))) from error
-        self.label = f"{self.name} through {how}"
+        self.label = _label(self.name, how, hasattr(module, "runlist"))
 
     def context(self, artifact: Artifact) -> _PyContext:
         return _PyContext(self._module, self._device, artifact)
@@ -143,6 +174,14 @@ class _PyContext:
             launch.set_buffer(index, buffer)
         return launch
 
+    def start(self, launches: Sequence[_PyLaunch]) -> Started:
+        try:
+            if len(launches) > 2 and hasattr(self._module, "runlist"):
+                return _PyChain(self._module.runlist(self._context), self._context, launches)
+            return _Runs(launches)
+        except RuntimeError as error:
+            raise XrtError(explain(str(error))) from error
+
 
 class _PyBuffer:
     def __init__(self, module: Any, bo: Any) -> None:
@@ -159,26 +198,50 @@ class _PyBuffer:
 
 class _PyLaunch:
     def __init__(self, run: Any, control: Any) -> None:
-        self._run = run
+        self.run = run
         self._owned: dict[int, Any] = {-1: control}
 
     def set_buffer(self, index: int, buffer: _PyBuffer) -> None:
-        self._run.set_arg(FIRST_BUFFER + index, buffer.bo)
+        self.run.set_arg(FIRST_BUFFER + index, buffer.bo)
         self._owned[index] = buffer
 
     def start(self) -> None:
-        try:
-            self._run.start()
-        except RuntimeError as error:
-            raise XrtError(explain(str(error))) from error
+        self.run.start()
 
     def wait(self, timeout_ms: int) -> int:
         end = time.monotonic() + timeout_ms / 1000
-        while (state := int(self._run.state())) in PENDING:
+        while (state := int(self.run.state())) in PENDING:
             if time.monotonic() > end:
                 return 8
             time.sleep(POLL_SECONDS)
         return state
+
+
+class _PyChain:
+    """All launches but the last as a runlist, and the last behind it.
+
+    pyxrt (2.25) waits for a runlist only without a limit and with the interpreter lock, and gives it no state. A
+    context runs its commands in order: when the last launch has ended, so has the runlist, and its wait returns at
+    once. Where that never happens it is never called.
+    """
+
+    def __init__(self, chain: Any, context: Any, launches: Sequence[_PyLaunch]) -> None:
+        self._chain = chain  # first, so that it goes first: a runlist that outlives its context crashes
+        self._context, self._launches = context, list(launches)
+        for launch in launches[:-1]:
+            chain.add(launch.run)
+        chain.execute()
+        launches[-1].start()
+
+    def wait(self, timeout_ms: int) -> int:
+        state = self._launches[-1].wait(timeout_ms)
+        if state != COMPLETED:
+            return state
+        try:
+            self._chain.wait()
+        except RuntimeError as error:  # "runlist failed execution (ERT_CMD_STATE_ABORT)"
+            return next((state for state, name in STATES.items() if f"STATE_{name}" in str(error)), 5)
+        return COMPLETED
 
 
 # --- the C wrapper ------------------------------------------------------------------------------
@@ -205,12 +268,14 @@ class CXrt:
             library = ctypes.CDLL(str(path))
         except OSError as error:
             raise XrtError(f"{path} does not load: {error}; build it again (docs/npu.md)") from error
-        for name in ("open", "context", "buffer", "map", "launch"):
+        if not hasattr(library, "unicorn_xrt_chain"):
+            raise XrtError(f"{path} was built from earlier sources: build it again (docs/npu.md)")
+        for name in ("open", "context", "buffer", "map", "launch", "chain"):
             getattr(library, f"unicorn_xrt_{name}").restype = ctypes.c_void_p
         library.unicorn_xrt_error.restype = library.unicorn_xrt_name.restype = ctypes.c_char_p
         self._device = _made(library, library.unicorn_xrt_open(index), "unicorn_xrt_close")
         self.name = library.unicorn_xrt_name(ctypes.c_void_p(self._device.pointer)).decode()
-        self.label = f"{self.name} through libxrt"
+        self.label = _label(self.name, "libxrt", True)
 
     def context(self, artifact: Artifact) -> _CContext:
         return _CContext(self._device, artifact)
@@ -230,6 +295,9 @@ class _CContext:
 
     def launch(self, buffers: Sequence[_CBuffer]) -> _CLaunch:
         return _CLaunch(self._handle, buffers)
+
+    def start(self, launches: Sequence[_CLaunch]) -> Started:
+        return _CChain(self._handle, launches) if len(launches) > 1 else _Runs(launches)
 
 
 class _CBuffer:
@@ -258,28 +326,42 @@ class _CLaunch:
     def __init__(self, context: _Handle, buffers: Sequence[_CBuffer]) -> None:
         library = context.library
         made = library.unicorn_xrt_launch(ctypes.c_void_p(context.pointer), len(buffers))
-        self._handle = _made(library, made, "unicorn_xrt_launch_free", context)
+        self.handle = _made(library, made, "unicorn_xrt_launch_free", context)
         self._owned: dict[int, _CBuffer] = {}
         for index, buffer in enumerate(buffers):
             self.set_buffer(index, buffer)
 
     def set_buffer(self, index: int, buffer: _CBuffer) -> None:
         self._check(
-            self._handle.library.unicorn_xrt_set(
-                ctypes.c_void_p(self._handle.pointer), index, ctypes.c_void_p(buffer.handle.pointer)
+            self.handle.library.unicorn_xrt_set(
+                ctypes.c_void_p(self.handle.pointer), index, ctypes.c_void_p(buffer.handle.pointer)
             )
         )
         self._owned[index] = buffer
 
     def start(self) -> None:
-        self._check(self._handle.library.unicorn_xrt_start(ctypes.c_void_p(self._handle.pointer)))
+        self._check(self.handle.library.unicorn_xrt_start(ctypes.c_void_p(self.handle.pointer)))
 
     def wait(self, timeout_ms: int) -> int:
-        return int(self._handle.library.unicorn_xrt_wait(ctypes.c_void_p(self._handle.pointer), timeout_ms))
+        return int(self.handle.library.unicorn_xrt_wait(ctypes.c_void_p(self.handle.pointer), timeout_ms))
 
     def _check(self, failed: int) -> None:
         if failed:
-            raise XrtError(explain(self._handle.library.unicorn_xrt_error().decode()))
+            raise XrtError(explain(self.handle.library.unicorn_xrt_error().decode()))
+
+
+class _CChain:
+    """Launches as one runlist."""
+
+    def __init__(self, context: _Handle, launches: Sequence[_CLaunch]) -> None:
+        library = context.library
+        self._launches = list(launches)
+        runs = (ctypes.c_void_p * len(launches))(*(launch.handle.pointer for launch in launches))
+        made = library.unicorn_xrt_chain(ctypes.c_void_p(context.pointer), runs, len(launches))
+        self._handle = _made(library, made, "unicorn_xrt_chain_free", context)
+
+    def wait(self, timeout_ms: int) -> int:
+        return int(self._handle.library.unicorn_xrt_chain_wait(ctypes.c_void_p(self._handle.pointer), timeout_ms))
 
 
 def _made(library: ctypes.CDLL, pointer: int | None, free: str, keep: Any = None) -> _Handle:
