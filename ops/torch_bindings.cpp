@@ -1,6 +1,7 @@
 // The unicorn:: ops for torch: checks, memory, and the way of weights that are not quantized.
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <omp.h>
 #include <torch/library.h>
 
 #include <cmath>
@@ -391,6 +392,10 @@ int64_t read_bytes(const Tensor& data, bool two_levels) {
 
 int64_t dot_peak(int64_t steps) { return run_dots(steps, threads()); }
 
+// Ends the threads that wait for work of the calling thread. libgomp keeps them per caller, and lets nobody's threads
+// spin once there are more of them than CPUs: every region of another caller then waits for the system to wake them.
+void release_threads() { omp_pause_resource_all(omp_pause_soft); }
+
 // Gradients: an error where they would be lost silently, else on to the kernel.
 void inference_only(const c10::OperatorHandle& op, c10::DispatchKeySet keys, torch::jit::Stack* stack) {
   if (at::GradMode::is_enabled()) {
@@ -416,6 +421,7 @@ TORCH_LIBRARY_IMPL(unicorn, CompositeExplicitAutograd, m) {
   m.impl("set_isa", &unicorn::set_isa_by_name);
   m.impl("isas", &unicorn::isa_names);
   m.impl("dot_peak", &unicorn::dot_peak);
+  m.impl("release_threads", &unicorn::release_threads);
 }
 
 TORCH_LIBRARY_IMPL(unicorn, CPU, m) {

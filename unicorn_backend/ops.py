@@ -140,12 +140,14 @@ LIBRARY.define("set_window_(Tensor(a!) cache, Tensor full) -> ()")
 
 # For tests and benchmarks: force an instruction set ("" = the best; returns the one in use), list those
 # of this CPU, an activation elementwise (fp32, a multiple of 16 values), read all bytes of a tensor,
-# int8 multiply-adds from registers (returns their number).
+# int8 multiply-adds from registers (returns their number). For who computes in another thread from now on: end the
+# OpenMP threads that wait for the calling one.
 LIBRARY.define("set_isa(str name) -> str")
 LIBRARY.define("isas() -> str[]")
 LIBRARY.define("activate(Tensor x, str act) -> Tensor")
 LIBRARY.define("read_bytes(Tensor data, bool two_levels=False) -> int")
 LIBRARY.define("dot_peak(int steps) -> int")
+LIBRARY.define("release_threads() -> ()")
 
 
 @torch.library.register_fake("unicorn::linear")

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
+import signal
 import threading
+import time
+from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 
 from unicorn_backend import models
 from unicorn_backend.errors import OptionError, RequestError
 from unicorn_backend.generation.conversation import Conversation
-from unicorn_backend.generation.engine import Engine, Settings
+from unicorn_backend.generation.engine import Engine, Result, Settings
+from unicorn_backend.generation.live import stream_answer
 from unicorn_backend.generation.prefix import new_cache
 from unicorn_backend.generation.text import TextStream
 
@@ -74,6 +81,47 @@ def test_cancelling_keeps_what_was_computed(engine: Engine) -> None:
     result = engine.generate(ids, Settings(200), lambda *_: event.set(), event)
     assert result.finish == "cancelled" and len(result.ids) < 10
     assert engine.generate(ids, Settings(4)).reused_tokens == len(ids) - 1
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_program(engine: Engine) -> None:
+    before, threads, screen = signal.getsignal(signal.SIGINT), set(), io.StringIO()
+
+    def ask(on_text: Any, cancelled: threading.Event) -> Result:
+        def said(piece: str, logprobs: Any) -> None:
+            on_text(piece, logprobs)
+            threads.add(threading.current_thread())
+            signal.raise_signal(signal.SIGINT)
+
+        return engine.generate(engine.encode(PROMPT), Settings(200), said, cancelled)
+
+    result = stream_answer(Console(file=screen), ask, engine.meter_line)
+    assert result.finish == "cancelled" and len(result.ids) < 10 and screen.getvalue() == result.text + "\n"
+    assert signal.getsignal(signal.SIGINT) is before and threads == {threading.main_thread()}
+    with pytest.raises(KeyboardInterrupt):  # the second one
+        stream_answer(Console(file=screen), lambda **_: [signal.raise_signal(signal.SIGINT) for _ in "12"], str)
+
+
+def test_the_live_line_goes_when_the_answer_is_there(engine: Engine) -> None:
+    screen = io.StringIO()
+    console = Console(file=screen, force_terminal=True, width=200)
+
+    def ask(on_text: Any, cancelled: threading.Event) -> str:
+        for piece in ("one ", "two ", "three"):
+            on_text(piece, ())
+            time.sleep(0.3)
+        return "done"
+
+    assert stream_answer(console, ask, lambda rate, tokens: f"<{tokens} at {rate:.0f}>", monitor=True) == "done"
+    shown = screen.getvalue()
+    assert "<2 at 3>" in shown and "<" not in shown.rpartition("one two three")[2]
+
+
+def test_what_compiling_took_is_not_in_the_rates() -> None:
+    numbers = {"ids": [1] * 11, "calls": 11, "first_token_s": 1.0, "seconds": 4.0, "prompt_tokens": 3}
+    rest = {"text": "", "finish": "length", "reused_tokens": 0, "reuse_note": "", "drafted": 0, "accepted": 0}
+    result = Result(**numbers, **rest, compiled=2, compile_calls=1, compile_s=2.1)
+    assert result.tokens_per_second == result.calls_per_second == pytest.approx(9 / 0.9)
+    assert dataclasses.replace(result, ids=[1, 1], seconds=3.1).tokens_per_second == 0
 
 
 def test_the_context_ends_the_text(engine: Engine) -> None:

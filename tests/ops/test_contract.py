@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -81,3 +82,17 @@ def test_wrong_arguments() -> None:
 def test_unknown_instruction_set() -> None:
     with pytest.raises((RuntimeError, ValueError), match="sse9"):
         OPS.set_isa("sse9")
+
+
+def test_a_thread_lets_its_helpers_go_and_finds_new_ones() -> None:
+    def threads() -> int:
+        return len(os.listdir("/proc/self/task"))
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    w, x = make_weight(512, 512, "w4g32"), torch.randn(64, 512)
+    first, there = OPS.linear(x, w, None, 512), threads()
+    OPS.release_threads()
+    assert threads() < there
+    assert torch.equal(OPS.linear(x, w, None, 512), first) and threads() == there
+    torch.set_num_threads(before)

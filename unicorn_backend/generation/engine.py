@@ -80,17 +80,22 @@ class Result:
     calls: int  # of the model
     drafted: int
     accepted: int
-    compiled: int  # graphs, in this request: its times include that
+    compiled: int  # graphs, in this request: its times include that, its rates do not
+    compile_calls: int = 0  # after the first one, in which graphs were compiled
+    compile_s: float = 0.0  # of those calls
     logprobs: list[TokenLogprob] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of the tokens after the first."""
-        return (len(self.ids) - 1) / (self.seconds - self.first_token_s) if len(self.ids) > 1 else 0.0
+        """Of the tokens after the first, without those whose call compiled; 0 if there are no others."""
+        return self._rate(len(self.ids) - 1 - self.compile_calls)
 
     @property
     def calls_per_second(self) -> float:
-        return (self.calls - 1) / (self.seconds - self.first_token_s) if self.calls > 1 else 0.0
+        return self._rate(self.calls - 1 - self.compile_calls)
+
+    def _rate(self, count: int) -> float:
+        return count / (self.seconds - self.first_token_s - self.compile_s) if count > 0 else 0.0
 
 
 OnText = Callable[[str, Sequence[TokenLogprob]], bool | None]
@@ -153,7 +158,7 @@ class Engine:
         if result.drafted:
             parts.append(f"{result.accepted} of {result.drafted} drafted tokens right")
         if result.compiled:
-            parts.append(f"compiling {result.compiled} graphs included: the next one is faster")
+            parts.append(f"{result.compiled} graphs compiled, not in the tok/s: the next answer starts faster")
         endings = {"length": "cut at the length limit", "cancelled": "stopped"}
         if result.finish in endings:
             parts.append(endings[result.finish])
@@ -244,6 +249,7 @@ class Engine:
         def on_token(token: int, logits: torch.Tensor) -> bool:
             nonlocal said, stopped
             new.append(token)
+            compiling.look(loop.token_times)
             if settings.top_logprobs is not None:
                 logprobs.append(_logprob(logits, token, settings.top_logprobs))
             piece = stream.add(token) if token not in ends else ""
@@ -258,7 +264,7 @@ class Engine:
                 stopped = "stop"
             return bool(stopped)
 
-        graphs = len(plans_of(self.original))
+        compiling = _Compiling(self.original)
         loop = Loop(on_token, _generator(settings), Drafter(costs=self._costs) if settings.speculate else None)
         limit = min(settings.max_new_tokens, self.context - len(ids))
         sequence = self.model.generate(
@@ -286,7 +292,9 @@ class Engine:
             calls=loop.calls,
             drafted=loop.drafted,
             accepted=loop.accepted,
-            compiled=len(plans_of(self.original)) - graphs,
+            compiled=compiling.graphs,
+            compile_calls=compiling.calls,
+            compile_s=compiling.seconds,
             logprobs=logprobs,
         )
 
@@ -308,6 +316,22 @@ class Engine:
         known = self.original.generation_config.eos_token_id
         ids = [known] if isinstance(known, int) else list(known or ())
         return frozenset(ids or [i for i in [self.tokenizer.eos_token_id] if i is not None])
+
+
+class _Compiling:
+    """Graphs compiled since it was made; of the calls after the first in which some were, the number and seconds."""
+
+    def __init__(self, model: Any) -> None:
+        self._model, self._before = model, len(plans_of(model))
+        self.graphs, self.calls, self.seconds = 0, 0, 0.0
+
+    def look(self, token_times: Sequence[float]) -> None:
+        """Called with each new token."""
+        graphs = len(plans_of(self._model)) - self._before
+        if graphs != self.graphs and len(token_times) > 1:
+            self.calls += 1
+            self.seconds += token_times[-1] - token_times[-2]
+        self.graphs = graphs
 
 
 def _generator(settings: Settings) -> torch.Generator | None:

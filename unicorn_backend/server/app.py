@@ -235,7 +235,7 @@ class Server:
         except (RequestError, OptionError) as error:
             code = getattr(error, "code", None)
             raise Refused(400, str(error), "invalid_request_error", code) from None
-        job = Job(ids, settings, asyncio.get_running_loop())
+        job = Job(ids, settings, asyncio.get_running_loop(), body.stream)
         try:
             self.worker.submit(job)
         except Full:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 import uvicorn
 from rich.console import Console
 from rich.live import Live
@@ -47,6 +48,8 @@ def serve(
         server = Server(engine, limits, api_key, speculate, name)
         print(f"compiling {server.name}", file=sys.stderr)
         seconds = engine.warm_up(speculate)
+        torch.ops.unicorn.release_threads()  # this thread's: the worker's answers took twice as long beside them
+        listener.listen(CONNECTIONS)  # who reads "ready" and connects at once is not refused
         shown = f"[{host}]" if ":" in host else host
         base = f"http://{shown}:{listener.getsockname()[1]}"
         print(f"ready in {seconds:.1f} s: {base}/v1 (OpenAI API), {base}/ (statistics)", file=sys.stderr, flush=True)

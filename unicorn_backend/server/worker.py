@@ -36,6 +36,7 @@ class Job:
     ids: list[int]
     settings: Settings
     loop: asyncio.AbstractEventLoop
+    pieces: bool = True  # False: only the result is wanted
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     cancelled: threading.Event = field(default_factory=threading.Event)
     queued_at: float = field(default_factory=time.perf_counter)
@@ -129,7 +130,7 @@ class Worker:
             job.emit(Piece(text, logprobs))
 
         try:
-            result = self.engine.generate(job.ids, job.settings, on_text, job.cancelled)
+            result = self.engine.generate(job.ids, job.settings, on_text if job.pieces else None, job.cancelled)
         except Exception as error:  # one request's failure must not end the server; it is logged, counted and reported
             log.exception("a request failed")
             self.metrics.failed.inc()
