@@ -23,7 +23,7 @@ from unicorn_backend import assets
 from unicorn_backend.layouts import pack_w4g32
 from unicorn_backend.models.random import CONFIGS
 from unicorn_backend.runtime import open_device
-from unicorn_backend.runtime.vulkan import ffn
+from unicorn_backend.runtime.vulkan import ffn, kernels
 
 STAGES = ("norm_quant", "gate_up", "down", "norm_add")
 COLD_BYTES = 256 << 20  # of weights between two uses of the same one: beyond every cache of a GPU
@@ -98,20 +98,20 @@ def _times(device: Any, regions: list[Any], hidden: int, tokens: int, rounds: in
     recordings = []
     for region, arguments in regions:
         call = ffn.Call(x, *arguments[1:-1], x)
-        kernels = device.kernels(call.shape)
+        made = device.kernels(call.shape)
         clock = logical.new_clock(len(STAGES))
-        bucket = next((b for b in ffn.BUCKETS if tokens <= b), 0)
-        recordings.append((kernels, kernels.record(region._weights, bucket, clock), clock))
-    if tokens > kernels.shape.max_tokens:
-        sys.exit(f"{tokens} tokens: at most {kernels.shape.max_tokens} go through one submit")
+        bucket = next((b for b in kernels.BUCKETS if tokens <= b), 0)
+        recordings.append((made, region.weights, made.record(region.weights, bucket, clock), clock))
+    if tokens > made.shape.max_tokens:
+        sys.exit(f"{tokens} tokens: at most {made.shape.max_tokens} go through one submit")
     found: list[list[float]] = []
     for number in range(rounds + 1):  # the first one warms up
-        for kernels, recorded, clock in recordings:
-            kernels.set_grids(tokens)
+        for made, weights, recorded, clock in recordings:
+            made.set_grids(weights, tokens)
             logical.run(recorded)
             if number:
                 found.append(logical.times_us(clock, len(STAGES)))
-    for _, recorded, clock in recordings:
+    for *_, recorded, clock in recordings:
         logical.forget(recorded)
         logical.forget_clock(clock)
     return [statistics.median(times) for times in zip(*found, strict=True)]

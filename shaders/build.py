@@ -26,13 +26,13 @@ TARGET = "vulkan1.2"
 def builds() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Name of the .spv -> (source, defines)."""
     found: dict[str, tuple[str, tuple[str, ...]]] = {"norm_quant": ("norm_quant", ()), "norm_add": ("norm_add", ())}
-    for which, define in (("gate_up", ("GATE_UP",)), ("down", ())):
-        for dot in ("dot8", "int"):
-            dots = ("DOT8",) if dot == "dot8" else ()
-            found[f"ffn_w4g_gemm__{which}_{dot}"] = ("ffn_w4g_gemm", (*define, *dots))
-            for sums in ("subgroup", "shared"):
-                subgroup = ("SUBGROUP",) if sums == "subgroup" else ()
-                found[f"ffn_w4g_gemv__{which}_{dot}_{sums}"] = ("ffn_w4g_gemv", (*define, *dots, *subgroup))
+    products = (("ffn_w4g", "gate_up", ("GATE_UP",)), ("ffn_w4g", "down", ()), ("linear_w8", "", ()))
+    for source, which, defines in products:
+        for dot, dots in (("dot8", ("DOT8",)), ("int", ())):
+            what = "_".join(filter(None, (which, dot)))
+            found[f"{source}_gemm__{what}"] = (f"{source}_gemm", (*defines, *dots))
+            for sums, subgroup in (("subgroup", ("SUBGROUP",)), ("shared", ())):
+                found[f"{source}_gemv__{what}_{sums}"] = (f"{source}_gemv", (*defines, *dots, *subgroup))
     return found
 
 

@@ -5,11 +5,9 @@
 // A thread has 4 rows (one uvec4 of weights) x one chunk of 8 columns of every G-th group:
 //   lane bits 0-1: row quad, 2-3: chunk, above: group, on top: tile. 32 lanes read 512 bytes in a row.
 #extension GL_GOOGLE_include_directive : require
-#ifdef SUBGROUP
-#extension GL_KHR_shader_subgroup_basic : require
-#extension GL_KHR_shader_subgroup_shuffle : require
-#endif
+#include "include/gemv.glsl"
 #include "include/numbers.glsl"
+#include "include/dot.glsl"
 #include "include/w4g32.glsl"
 
 layout(local_size_x_id = 0, local_size_y = 1, local_size_z = 1) in;
@@ -48,25 +46,8 @@ vec4 times(uvec4 w, uvec2 scales, ivec2 x, int x8, float x_scale) {
   return vec4(sum) * x_scale * vec4(unpackHalf2x16(scales.x), unpackHalf2x16(scales.y));
 }
 
-// What remains to be added for a tile's row quad lies at part[tile * lanes + i * step + quad].
-#ifdef SUBGROUP
-vec4 add_up(vec4 v) {
-  for (uint mask = 4u; mask < gl_SubgroupSize; mask <<= 1) v += subgroupShuffleXor(v, mask);
-  return v;
-}
-#define STEP gl_SubgroupSize
-#else
-vec4 add_up(vec4 v) { return v; }
-#define STEP 4u
-#endif
-
 void main() {
-#ifdef SUBGROUP
-  const uint tid = gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;
-#else
-  const uint tid = gl_LocalInvocationIndex;
-#endif
-  const uint lanes = WG / TILES, tile = tid / lanes, lane = tid % lanes;
+  const uint tid = thread(), lanes = WG / TILES, tile = tid / lanes, lane = tid % lanes;
   const uint quad = lane & 3u, chunk = (lane >> 2) & 3u;
   const uint groups = (K + 31u) / 32u, tiles = (N + 15u) / 16u;
   const uint row_tile = gl_WorkGroupID.x * TILES + tile, at = min(row_tile, tiles - 1u) * groups;

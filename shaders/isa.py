@@ -10,6 +10,7 @@ measurements of speed.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -49,20 +50,38 @@ def main() -> None:
 
 def _pipelines(device: Any) -> Any:
     """Name and pipeline of every build, for each number of tokens and the layers of two models."""
-    from unicorn_backend.runtime.vulkan import ffn, variants
+    from unicorn_backend.runtime.vulkan import ffn, kernels, linear, variants
 
     for model, (hidden, width) in LAYERS.items():
         shape = ffn.Shape(hidden, width, hidden, "gelu_tanh", ffn.torch.bfloat16, 1e-6, 1e-6, "x")
         for variant in variants.VARIANTS:
-            kernels = ffn.Kernels.__new__(ffn.Kernels)  # without buffers: there is no memory
-            kernels._device, kernels._variant, kernels.shape = device, variant, shape
-            for which in ("gate_up", "down"):
-                for tokens in ffn.BUCKETS:
-                    yield f"{model} {which} {variant.name} {tokens}", kernels._product("gemv", which, tokens)
+            made = _without_buffers(ffn.FfnKernels, device, variant, shape)
+            products = {which: functools.partial(made.product, which) for which in ("gate_up", "down")}
+            for scheme, zero in (("w8c", False), ("w8a", True)):
+                products[f"linear {scheme}"] = functools.partial(_linear, made, hidden, zero, linear)
+            for which, product in products.items():
+                for tokens in kernels.BUCKETS:
+                    yield f"{model} {which} {variant.name} {tokens}", product(tokens)
                 if variant.subgroup:
-                    yield f"{model} {which} gemm {variant.name.split('_')[0]}", kernels._product("gemm", which, 0)
-        yield f"{model} norm_quant", kernels._rows("norm_quant", hidden, 1e-6)
-        yield f"{model} norm_add", kernels._rows("norm_add", hidden, 1e-6)
+                    yield f"{model} {which} gemm {variant.name.split('_')[0]}", product(0)
+        yield f"{model} norm_quant", made.row_pipeline("norm_quant", hidden, 1e-6)
+        yield f"{model} norm_add", made.row_pipeline("norm_add", hidden, 1e-6, (5, 1))
+
+
+def _linear(made: Any, hidden: int, zero: bool, linear: Any, tokens: int) -> Any:
+    """The head of a vocabulary of 262,144, or a projection with a bias."""
+    rows = 1 << 18 if zero else 2048
+    piece = linear.Piece(0, rows, (None,) * (3 if zero else 2))
+    target = linear.Target(1, not zero, 0, rows)
+    (stage,) = linear.product_stages(made, [piece], (), (hidden, rows), target, tokens)
+    return stage.pipeline
+
+
+def _without_buffers(kind: Any, device: Any, variant: Any, shape: Any) -> Any:
+    """Kernels that can only compile: there is no memory."""
+    made = kind.__new__(kind)
+    made.device, made.variant, made.shape = device, variant, shape
+    return made
 
 
 def _statistics(device: Any, pipeline: Any) -> dict[str, int]:

@@ -236,7 +236,7 @@ def check_vulkan() -> Check:
 
 
 def _vulkan_device(number: int, physical: Any) -> str:
-    """A device's name and kind, and the result of opening it, which compares small feed-forwards with the CPU's."""
+    """A device's name and kind, and the result of opening it, which compares small regions with the CPU's."""
     shown = f"{physical.name} ({physical.kind})"
     assets.load_native()
     device: Any = open_device(f"vulkan:{number}")
@@ -244,7 +244,7 @@ def _vulkan_device(number: int, physical: Any) -> str:
         return f"{shown}: {device}"
     budget = device.memory().budget
     memory = f", {table.size(budget)} to be had" if budget else ""
-    return f"{shown}: shaders {device.variant.name}, self-test passed{memory}"
+    return f"{shown}: shaders {device.variant.name}, self-test of {device.takes} passed{memory}"
 
 
 def check_calibration() -> Check:

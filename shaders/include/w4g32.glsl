@@ -2,19 +2,9 @@
 //   word [i][g][c][r]: byte j has column 8 c + j in its low nibble and 8 c + 4 + j in its high one; value nibble - 8
 //   scale [i][g][r], fp16
 // Activations (a8g32): word [token][g][2 c + h], byte j: column 8 c + 4 h + j; scale [token][g], fp32.
-#ifdef DOT8
-#extension GL_EXT_spirv_intrinsics : require
-// OpSDot on packed bytes: glslang 12 has no GL_EXT_integer_dot_product.
-spirv_instruction(extensions = ["SPV_KHR_integer_dot_product"], capabilities = [6018, 6019], id = 4450)
-int packed_dot(int a, int b, spirv_literal int signed_bytes);
-int dot4(int a, int b) { return packed_dot(a, b, 0); }
-#else
-int byte_of(int x, int i) { return bitfieldExtract(x, 8 * i, 8); }
-int dot4(int a, int b) {
-  return byte_of(a, 0) * byte_of(b, 0) + byte_of(a, 1) * byte_of(b, 1) + byte_of(a, 2) * byte_of(b, 2) +
-         byte_of(a, 3) * byte_of(b, 3);
-}
-#endif
 
 int low(uint w) { return int(w & 0x0F0F0F0Fu); }
 int high(uint w) { return int((w >> 4) & 0x0F0F0F0Fu); }
+
+// nibble -> nibble - 8, in four bytes at once
+int centred(uint nibbles) { return int(((nibbles | 0x80808080u) - 0x08080808u) ^ 0x80808080u); }

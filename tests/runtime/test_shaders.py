@@ -28,7 +28,7 @@ def test_manifest_is_of_these_sources(build: Any) -> None:
 
 def test_the_hash_covers_what_is_included(build: Any) -> None:
     files = {path.name for path in build._files(build.HERE / "ffn_w4g_gemv.comp")}
-    assert files == {"ffn_w4g_gemv.comp", "numbers.glsl", "w4g32.glsl"}
+    assert files == {"ffn_w4g_gemv.comp", "gemv.glsl", "numbers.glsl", "dot.glsl", "w4g32.glsl"}
 
 
 def test_compiling_again_gives_the_same_bytes(build: Any) -> None:

@@ -22,6 +22,7 @@ from unicorn_backend.partition import calibration
 from unicorn_backend.partition.cost import ESTIMATED
 from unicorn_backend.plan import Step
 from unicorn_backend.runtime.device import Work
+from unicorn_backend.table import size
 
 NEW = {"max_new_tokens": 8, "min_new_tokens": 8, "do_sample": False}
 
@@ -64,7 +65,7 @@ def test_generate_and_a_device_that_is_lost_meanwhile(
 
     def submit(self: Any, *args: Any, **kwargs: Any) -> None:
         submits.append(1)
-        if len(submits) == 2 * NEW["max_new_tokens"] + 5:
+        if len(submits) == 3 * NEW["max_new_tokens"] + 5:
             raise VulkanError("vkQueueSubmit", -4)
         plain(self, *args, **kwargs)
 
@@ -72,14 +73,18 @@ def test_generate_and_a_device_that_is_lost_meanwhile(
     assert tokens(devices=["cpu", "vulkan:llvmpipe"]) == want and not submits
     assert "policy='fixed'" in str(unicorn_backend.explain(model)), "a software driver is never preferred"
     assert tokens(devices=["cpu", "vulkan:llvmpipe"], policy="fixed") == want
-    assert len(submits) == 2 * NEW["max_new_tokens"], "one submit per layer and token"
-    steps = [s for plan in unicorn_backend.explain(model).plans[-2:] for s in plan.steps]
-    assert {s.device for s in steps if s.kind == "ffn"} == {"vulkan:llvmpipe"}
-    assert {s.reason for s in steps if s.kind == "ffn"} == {device.label}
+    assert len(submits) == 3 * NEW["max_new_tokens"], "one submit per layer and token, and one for the head"
+    explanation = unicorn_backend.explain(model)
+    steps = [s for plan in explanation.plans[-2:] for s in plan.steps]
+    there = [s for s in steps if s.kind in ("ffn", "linear")]
+    assert {(s.device, s.reason) for s in there} == {("vulkan:llvmpipe", device.label)}
+    assert {s.schemes for s in there} == {("w4g32",) * 3, ("w8a",)}
     assert {s.reason for s in steps if s.kind == "qkv"} == {"vulkan:llvmpipe: no shader for qkv"}
     assert "not a GPU" in device.label
     memory = device.memory()
-    assert memory.shared == sum(s.weight_bytes for s in steps if s.kind == "ffn") // 2, "weights are not copied"
+    pages = sum(-(-s.weight_bytes // 4096) * 4096 for s in there) // 2
+    assert pages <= memory.shared < pages + 2 * 9 * 4096, "weights are not copied, the head's, which embeds, neither"
+    assert f"vulkan:llvmpipe: {size(sum(s.weight_bytes for s in there) // 2)} of weights" in str(explanation)
 
     got = model.generate(ids, attention_mask=torch.ones_like(ids), **NEW)[0]
     assert [int(t) for t in got] == want, "lost in the middle, and the same tokens"
@@ -146,11 +151,11 @@ def test_a_choice_of_variants_can_be_printed(physical: Any) -> None:
 def test_a_wrong_result_in_the_self_test_refuses_the_device(physical: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from unicorn_backend.runtime.vulkan import ffn
 
-    plain = ffn._scales
-    monkeypatch.setattr(ffn, "_scales", lambda device, w, offset, width: plain(device, w, offset + 0.01, width))
+    plain = ffn.norm_scale
+    monkeypatch.setattr(ffn, "norm_scale", lambda w, offset, width: plain(w, offset + 0.01, width))
     runtime.close_devices()
     refused = runtime.open_device("vulkan:llvmpipe")
-    assert isinstance(refused, str) and "self-test failed: 1 tokens differ from the CPU's result" in refused
+    assert isinstance(refused, str) and "self-test failed: int4_ffn of 1 tokens differs from the CPU's" in refused
     runtime.close_devices()
 
 
@@ -310,10 +315,15 @@ def test_a_calibration_measures_feed_forwards_and_predicts_from_them(
     guess = cost.rates(physical)
     assert guess.source == ESTIMATED
     measured = cost.calibrate(device, (1, 8, 16), 64, 128, 1 << 16)
-    assert not isinstance(measured, str) and measured.submit_us > 0 and set(measured.weights) == {1, 8, 16}
+    assert not isinstance(measured, str) and measured.submit_us > 0
+    assert set(measured.weights) == set(cost.SCHEMES)
+    assert all(set(table) == {1, 8, 16} for table in measured.weights.values())
     assert calibration.store("vulkan", cost.identity(physical), 1.0, measured) is not None
     assert cost.rates(physical) == measured
     step = Step("ffn", "", "", device.name, ("w4g32",) * 3, 0, weights=(1_000_000,) * 3)
     us, source = device.predict(Work(step, {}, True), 8, 0)
-    assert us == pytest.approx(measured.submit_us + 3 * measured.weights[8]) and "measured" in source
+    assert us == pytest.approx(measured.submit_us + 3 * measured.weights["w4g32"][8]) and "measured" in source
+    head = Step("linear", "", "", device.name, ("w8a",), 0, weights=(2_000_000,))
+    us, _ = device.predict(Work(head, {}, True), 1, 0)
+    assert us == pytest.approx(measured.submit_us + 2 * measured.weights["w8a"][1])
     assert "never preferred" in calibration._calibrate_vulkan("vulkan:0", physical)

@@ -192,11 +192,11 @@ def test_where_weights_are_does_not_matter(devices: Any, placing: str) -> None:
 
 
 def test_long_prompts_go_in_pieces(devices: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from unicorn_backend.runtime.vulkan import ffn
+    from unicorn_backend.runtime.vulkan import kernels
 
     args = arguments(150, 64, 96, 64, dtype=torch.float32)
     whole = run(devices(), args)
-    monkeypatch.setattr(ffn, "MAX_TOKENS", 64)
+    monkeypatch.setattr(kernels, "MAX_TOKENS", 64)
     device = devices("", "mapped")
     assert torch.equal(run(device, args), whole)
 

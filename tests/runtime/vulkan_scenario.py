@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from tests.runtime import test_vulkan_linear as linear
 from tests.runtime.test_vulkan_ffn import arguments, run
 from unicorn_backend.runtime.vulkan import ffn, physical
 from unicorn_backend.runtime.vulkan.device import VulkanDevice
@@ -19,14 +20,15 @@ def clean(*placings: str) -> None:
         for m in (1, 2, 3, 8, 70):
             run(device, arguments(m, 96, 160, 96, own=m == 3))
         run(device, arguments(1, 50, 77, 34, dtype=ffn.torch.float32, norms=False))
+        for m in (1, 3, 70):
+            linear.run(device, linear.arguments(m, 50, 78, "w8a" if m > 1 else "w8c", bias=m == 3))
         device.close()
 
 
 def wrong() -> None:
     """On purpose: a buffer of scales with four values, and dispatches with nothing between them."""
     (found,) = physical.devices()
-    plain = ffn._scales
-    ffn._scales = lambda logical, w, offset, width: plain(logical, None, 0.0, 4)
+    ffn.norm_scale = lambda w, offset, width: ffn.torch.ones(4)
     run(VulkanDevice("vulkan", found), arguments(1, 96, 160, 96))
     _barrierless: Any = lambda self, command, stage, access: None  # noqa: E731
     LogicalDevice._barrier = _barrierless  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""Vulkan: feed-forward regions as compute shaders (`shaders/`), on any driver of Vulkan 1.2.
+"""Vulkan: feed-forward regions and INT8 linears as compute shaders (`shaders/`), on any driver of Vulkan 1.2.
 
 Threads: one call at a time per device, the others wait. A forked child must not use its parent's device: regions
 say so and the CPU takes over. Weights are known by their tensors; the norms' weights are copied when a region is

@@ -126,7 +126,7 @@ class Structs:
 def structure_type(kind: str) -> int | None:
     """VkBufferCreateInfo -> VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO; None for a struct that has none."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.removeprefix("Vk"))
-    name = re.sub(r"([A-Za-z])(\d)$", r"\1_\2", words).upper()
+    name = re.sub(r"([A-Za-z])(\d)(?=_|$)", r"\1_\2", words).upper()  # PROPERTIES_2, MAINTENANCE_3_PROPERTIES
     found: int | None = getattr(vk, f"VK_STRUCTURE_TYPE_{name}", None)
     return found
 

@@ -12,8 +12,9 @@ from typing import Any
 from torch import Tensor
 
 from unicorn_backend.runtime.device import Memory, Work
-from unicorn_backend.runtime.vulkan import cost, ffn, variants
+from unicorn_backend.runtime.vulkan import cost, ffn, linear, variants
 from unicorn_backend.runtime.vulkan.api import DEVICE_LOST, VulkanError
+from unicorn_backend.runtime.vulkan.kernels import Call, Kernels, Shape, Weights, can_share
 from unicorn_backend.runtime.vulkan.logical import LogicalDevice, Recorded
 from unicorn_backend.runtime.vulkan.physical import PhysicalDevice
 from unicorn_backend.runtime.vulkan.self_test import compare_with_cpu
@@ -22,6 +23,9 @@ from unicorn_backend.table import size
 log = logging.getLogger(__name__)
 
 RESERVE = 64 << 20  # bytes of the budget that are left to the desktop
+CALLS: dict[str, type[Call]] = {"int4_ffn": ffn.Call, "linear": linear.Call}
+# kind of a region -> the schemes that its shaders take
+SCHEMES = {"ffn": ("w4g32",), "linear": linear.SCHEMES}
 _all: weakref.WeakSet[VulkanDevice] = weakref.WeakSet()
 
 
@@ -33,39 +37,41 @@ class VulkanDevice:
         self.software, self.least = physical.kind == "software", 1
         chosen = variants.choose(physical.features)
         self.variant = next((v for v in variants.VARIANTS if v.name == variant), chosen)
+        self.takes = ", ".join(f"{kind} ({', '.join(schemes)})" for kind, schemes in SCHEMES.items())
         self.lost = ""  # why no region runs any more
         self._placing = placing
         self._device = LogicalDevice(physical)
         self._device.open_queue()
         self._lock = threading.Lock()
-        self._regions: dict[int, FfnRegion] = {}  # by id of the first packed weight
-        self._kernels: dict[ffn.Shape, ffn.Kernels] = {}
-        self._dead: list[FfnRegion] = []
+        self._regions: dict[int, VulkanRegion] = {}  # by id of the first packed weight
+        self._kernels: dict[Shape, Kernels] = {}
+        self._dead: list[VulkanRegion] = []
         _all.add(self)
         log.info("%s: %s; variants:\n%s", name, self.label, variants.explain_choice(physical.features))
 
     # ---- the protocol ------------------------------------------------------------------------------------------
 
     def refuses(self, work: Work) -> str:
-        constants = work.constants
-        if work.step.kind != "ffn":
-            return f"no shader for {work.step.kind}"
-        if set(work.step.schemes) != {"w4g32"}:
-            return f"weights are {', '.join(sorted(set(work.step.schemes)))}, the shaders take w4g32"
+        kind, schemes = work.step.kind, set(work.step.schemes)
+        if kind not in SCHEMES:
+            return f"no shader for {kind}"
+        if not schemes <= set(SCHEMES[kind]):
+            return f"weights are {', '.join(sorted(schemes))}, the shaders take {' and '.join(SCHEMES[kind])}"
         if not work.whole:
             return "its weights are row ranges of one packed weight"
-        return self.lost or ("" if constants.get("bias") == [] else "no shader for biases")
+        if kind == "ffn" and work.constants.get("bias") != []:
+            return "no shader for a feed-forward with biases"
+        return self.lost
 
     def predict(self, work: Work, tokens: int, keys: int) -> tuple[float, str] | None:
         rates = cost.rates(self.physical)
         return cost.microseconds(work.step, tokens, rates), rates.source
 
-    def region(self, op: str, arguments: Sequence[Any]) -> FfnRegion | str:
+    def region(self, op: str, arguments: Sequence[Any]) -> VulkanRegion | str:
         if self.lost:
             return self.lost
-        call = ffn.Call(*arguments)
-        first = call.wg[0]
-        region = self._regions.get(id(first))
+        call = CALLS[op](*arguments)
+        region = self._regions.get(id(call.lists[0][0]))
         if region is not None and region.fits(call):
             return region
         return call.refusal() or self._prepare(call)
@@ -102,26 +108,26 @@ class VulkanDevice:
             self._kernels.clear()
         return found
 
-    def kernels(self, shape: ffn.Shape) -> ffn.Kernels:
+    def kernels(self, shape: Shape) -> Kernels:
         if shape not in self._kernels:
             with self._device.all_or_nothing():
-                self._kernels[shape] = ffn.Kernels(self._device, self.variant, shape)
+                self._kernels[shape] = shape.kernels(self._device, self.variant)
         return self._kernels[shape]
 
-    def run(self, region: FfnRegion, call: ffn.Call) -> Tensor | str:
+    def run(self, region: VulkanRegion, call: Call) -> Any:
         with self._lock:
             self._bury()
             if self.lost:
                 return self.lost
             try:
                 kernels = self.kernels(call.shape)
-                result = ffn.run(self._device, kernels, lambda tokens: region.recorded(kernels, tokens), call)
+                result = kernels.run(region.weights, lambda tokens: region.recorded(kernels, tokens), call)
                 self._device.save_pipelines()
                 return result
             except (VulkanError, TimeoutError) as error:
                 return self._failed(error)
 
-    def bury(self, region: FfnRegion) -> None:
+    def bury(self, region: VulkanRegion) -> None:
         """The region's weights are gone. May be called from anywhere, also in the middle of a run."""
         self._dead.append(region)
         if self._lock.acquire(blocking=False):
@@ -139,31 +145,31 @@ class VulkanDevice:
             if not self.lost:
                 region.free()
 
-    def _prepare(self, call: ffn.Call) -> FfnRegion | str:
+    def _prepare(self, call: Call) -> VulkanRegion | str:
         with self._lock:
             self._bury()
-            if (old := self._regions.pop(id(call.wg[0]), None)) is not None:
+            key = id(call.lists[0][0])
+            if (old := self._regions.pop(key, None)) is not None:
                 old.free()
-            placing = self._placing or self._place(call.weights)
-            needed = sum(w.nbytes for w in call.weights) + ffn.Kernels.bytes(call.shape) * (
-                call.shape not in self._kernels
-            )
+            packed, shape, limit = _packed(call), call.shape, self.physical.features.max_buffer_bytes
+            if isinstance(call, ffn.Call) and (largest := max(w.nbytes for w in packed)) > limit:
+                return f"a weight has {size(largest)}, a buffer at most {size(limit)}"
+            needed = sum(w.nbytes for w in packed) + shape.bytes * (shape not in self._kernels)
             free = self._device.free_bytes()
             if needed + RESERVE > free:
                 return f"out of memory: it needs {size(needed)} and leaves {size(RESERVE)}, {size(free)} are free"
             try:
                 with self._device.all_or_nothing():
-                    weights = ffn.Weights(self._device, call, placing)
+                    weights = Weights(self._device, call, self._placing or self._place(packed))
             except VulkanError as error:
                 return self._failed(error)
-            region = FfnRegion(self, weights, call)
-            self._regions[id(call.wg[0])] = region
+            self._regions[key] = region = VulkanRegion(self, weights, call)
             return region
 
     def _place(self, weights: Sequence[Tensor]) -> str:
         if self.physical.kind == "discrete":
             return "staged"
-        return "shared" if ffn.can_share(weights, self.physical.features.import_alignment) else "mapped"
+        return "shared" if can_share(weights, self.physical.features.import_alignment) else "mapped"
 
     def _failed(self, error: Exception) -> str:
         """The reason for this call; device loss and silence are final for the device."""
@@ -173,18 +179,18 @@ class VulkanDevice:
         return str(error)
 
 
-class FfnRegion:
-    """One feed-forward with its weights on the device, and its command buffers."""
+class VulkanRegion:
+    """One region with its weights on the device, and its command buffers."""
 
-    def __init__(self, device: VulkanDevice, weights: ffn.Weights, call: ffn.Call) -> None:
-        self._device, self._weights = device, weights
-        self._recorded: dict[tuple[ffn.Shape, int], Recorded] = {}
+    def __init__(self, device: VulkanDevice, weights: Weights, call: Call) -> None:
+        self._device, self.weights, self._call = device, weights, type(call)
+        self._recorded: dict[tuple[Shape, int], Recorded] = {}
         self._tensors = [weakref.ref(t) for t in _tensors(call)]
         self._versions = [_version(t) for t in _tensors(call)]
-        self._watch = weakref.finalize(call.wg[0], VulkanDevice.bury, device, self)
+        self._watch = weakref.finalize(call.lists[0][0], VulkanDevice.bury, device, self)
         self._watch.atexit = False
 
-    def fits(self, call: ffn.Call) -> bool:
+    def fits(self, call: Call) -> bool:
         """True if these are the tensors that were uploaded, unchanged."""
         tensors = _tensors(call)
         same = len(tensors) == len(self._tensors) and all(
@@ -192,14 +198,14 @@ class FfnRegion:
         )
         return same and self._versions == [_version(t) for t in tensors]
 
-    def run(self, arguments: Sequence[Any]) -> Tensor | str:
-        call = ffn.Call(*arguments)
+    def run(self, arguments: Sequence[Any]) -> Any:
+        call = self._call(*arguments)
         return call.refusal() or self._device.run(self, call)
 
-    def recorded(self, kernels: ffn.Kernels, tokens: int) -> Recorded:
+    def recorded(self, kernels: Kernels, tokens: int) -> Recorded:
         key = (kernels.shape, tokens)
         if key not in self._recorded:
-            self._recorded[key] = kernels.record(self._weights, tokens)
+            self._recorded[key] = kernels.record(self.weights, tokens)
         return self._recorded[key]
 
     def free(self) -> None:
@@ -207,11 +213,15 @@ class FfnRegion:
         for recorded in self._recorded.values():
             self._device._device.forget(recorded)
         self._recorded.clear()
-        self._weights.free()
+        self.weights.free()
 
 
-def _tensors(call: ffn.Call) -> list[Tensor]:
-    return [*call.weights, *(w for w in (call.norm_w, call.post_w) if w is not None)]
+def _packed(call: Call) -> list[Tensor]:
+    return [w for weights in call.lists for w in weights]
+
+
+def _tensors(call: Call) -> list[Tensor]:
+    return [*_packed(call), *call.small]
 
 
 def _version(tensor: Tensor) -> int:

@@ -51,6 +51,7 @@ class Dispatch:
     pipeline: Any
     buffers: tuple[tuple[int, Buffer], ...]  # (binding, buffer)
     grid: tuple[int, int] | int  # workgroups in x and y, or an offset into the indirect buffer
+    waits: bool = True  # for what the dispatch before it writes
 
 
 class Recorded:
@@ -323,7 +324,7 @@ class LogicalDevice:
     # ---- running -----------------------------------------------------------------------------------------------
 
     def record(self, dispatches: Sequence[Dispatch], indirect: Buffer | None = None, clock: Any = None) -> Recorded:
-        """The dispatches one after another, each seeing what the one before wrote, and the CPU what the last wrote.
+        """The dispatches one after another; those that wait see what was written before them, the CPU sees everything.
 
         `clock`: a pool from `new_clock` for one more timestamp than dispatches.
         """
@@ -334,7 +335,7 @@ class LogicalDevice:
                 lib.vkCmdResetQueryPool(command, clock, 0, len(dispatches) + 1)
                 lib.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, clock, 0)
             for number, (dispatch, descriptors) in enumerate(zip(dispatches, sets, strict=True)):
-                if number:
+                if number and dispatch.waits:
                     self._barrier(command, vk.VK_PIPELINE_STAGE_COMPUTE_SHADER_BIT, vk.VK_ACCESS_SHADER_READ_BIT)
                 lib.vkCmdBindPipeline(command, vk.VK_PIPELINE_BIND_POINT_COMPUTE, dispatch.pipeline)
                 one = ffi.new("VkDescriptorSet *", descriptors)

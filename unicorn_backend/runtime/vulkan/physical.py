@@ -32,6 +32,7 @@ class Features:
     subgroup_size: int  # the one that shaders are compiled for
     size_control: bool  # a pipeline may ask for a subgroup size, and for full subgroups
     import_alignment: int  # of host memory that the device can read in place; 0: it cannot
+    max_buffer_bytes: int  # that a shader may read of one buffer, and that one allocation may have
     budget: bool  # the driver says how much memory is left
     statistics: bool  # pipelines can be asked for registers and instructions
     timestamp_ns: float  # per tick; 0: no timestamps
@@ -109,8 +110,8 @@ def _describe(handle: Any) -> PhysicalDevice:
         for e in several(lib.vkEnumerateDeviceExtensionProperties, "VkExtensionProperties", handle, ffi.NULL)
     }
     ids, driver = s.new("VkPhysicalDeviceIDProperties"), s.new("VkPhysicalDeviceDriverProperties")
-    subgroup = s.new("VkPhysicalDeviceSubgroupProperties")
-    chain = [ids, driver, subgroup]
+    subgroup, allocation = s.new("VkPhysicalDeviceSubgroupProperties"), s.new("VkPhysicalDeviceMaintenance3Properties")
+    chain = [ids, driver, subgroup, allocation]
     imports, sizes = (
         s.new("VkPhysicalDeviceExternalMemoryHostPropertiesEXT"),
         s.new("VkPhysicalDeviceSubgroupSizeControlProperties"),
@@ -140,6 +141,7 @@ def _describe(handle: Any) -> PhysicalDevice:
         subgroup_size=_subgroup_size(subgroup.subgroupSize, sizes if can_size else None),
         size_control=can_size,
         import_alignment=int(imports.minImportedHostPointerAlignment),
+        max_buffer_bytes=min(int(limits.maxStorageBufferRange), int(allocation.maxMemoryAllocationSize)),
         budget="VK_EXT_memory_budget" in available,
         statistics="VK_KHR_pipeline_executable_properties" in available,
         timestamp_ns=float(limits.timestampPeriod) if queue is not None and families[queue].timestampValidBits else 0.0,

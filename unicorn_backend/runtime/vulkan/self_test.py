@@ -1,12 +1,13 @@
-"""Start-up test of a device: small feed-forwards against the CPU's kernels on this machine."""
+"""Start-up test of a device: small regions of every kind against the CPU's kernels on this machine."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from unicorn_backend.layouts import GROUP, pack_w4g32
+from unicorn_backend.layouts import GROUP, pack_w4g32, pack_w8
 
 K, F, N = 96, 160, 64
 TOKENS = (1, 3, 8, 70)  # every GEMV form is one shader compiled for several sizes; 70 is the GEMM with a rest
@@ -17,26 +18,39 @@ LIMIT = 1e-6
 
 def compare_with_cpu(device: Any) -> str:
     """Why `device` must not be used; "" if its results are the CPU's."""
-    generator = torch.Generator().manual_seed(1)
-    weights = [_weight(n, k, generator) for n, k in ((F, K), (F, K), (N, F))]
-    norm = torch.rand(K, generator=generator) + 0.5
-    post = torch.rand(N, generator=generator) + 0.5
-    for tokens in TOKENS:
-        x = torch.randn(tokens, K, generator=generator)
-        residual = torch.randn(tokens, N, generator=generator)
-        arguments = (x, norm, 1e-6, 0.0, *weights, [], "gelu_tanh", F, N, post, 1e-6, 0.0, residual)
-        region = device.region("int4_ffn", arguments)
+    for op, tokens, arguments in _cases():
+        region = device.region(op, arguments)
         result = region if isinstance(region, str) else region.run(arguments)
         if isinstance(result, str):
             return f"self-test: {result}"
-        want = torch.ops.unicorn.int4_ffn(*arguments)
+        want = getattr(torch.ops.unicorn, op)(*arguments)
         error = float((result - want).square().mean() / want.square().mean())
         if not error <= LIMIT:
-            return f"self-test failed: {tokens} tokens differ from the CPU's result (normalised error {error:.1e})"
+            found = f"{op} of {tokens} tokens differs from the CPU's result (normalised error {error:.1e})"
+            return f"self-test failed: {found}"
     return ""
 
 
-def _weight(n: int, k: int, generator: torch.Generator) -> list[torch.Tensor]:
+def _cases() -> Iterator[tuple[str, int, tuple[Any, ...]]]:
+    """(op, tokens, arguments)."""
+    g = torch.Generator().manual_seed(1)
+    ffn = [_w4g32(n, k, g) for n, k in ((F, K), (F, K), (N, F))]
+    pre, post, bias = (torch.rand(n, generator=g) + 0.5 for n in (K, N, F))
+    head, linear = _w8(F, K, g, zero=True), _w8(F, K, g, zero=False)
+    for tokens in TOKENS:
+        x, residual = torch.randn(tokens, K, generator=g), torch.randn(tokens, N, generator=g)
+        yield "int4_ffn", tokens, (x, pre, 1e-6, 0.0, *ffn, [], "gelu_tanh", F, N, post, 1e-6, 0.0, residual)
+        yield "linear", tokens, (x, head, None, F)
+        yield "linear", tokens, (x, linear, bias, F)
+
+
+def _w4g32(n: int, k: int, generator: torch.Generator) -> list[torch.Tensor]:
     q = torch.randint(-8, 8, (n, k), dtype=torch.int8, generator=generator)
     scale = torch.rand(n, -(-k // GROUP), generator=generator) * 0.02 + 0.001
     return pack_w4g32(q, scale.half())
+
+
+def _w8(n: int, k: int, generator: torch.Generator, zero: bool) -> list[torch.Tensor]:
+    q = torch.randint(0, 256, (n, k), dtype=torch.uint8, generator=generator)
+    zeros = torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator) if zero else None
+    return pack_w8(q, torch.rand(n, generator=generator) * 0.002 + 0.0001, zeros)

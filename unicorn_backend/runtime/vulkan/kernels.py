@@ -1,0 +1,249 @@
+"""What the ops on a Vulkan device have in common: weights, pipelines and buffers of one shape, and a call in pieces.
+
+Up to 8 tokens products are GEMVs, compiled for 1, 2, 4 and 8 tokens; more go through GEMMs in pieces. Each piece is one
+submit of a command buffer that is recorded once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from unicorn_backend.layouts import GROUP, ROWS
+from unicorn_backend.runtime.vulkan import variants
+from unicorn_backend.runtime.vulkan.logical import (
+    DEVICE,
+    DOWNLOAD,
+    UPLOAD,
+    Buffer,
+    Dispatch,
+    LogicalDevice,
+    Recorded,
+)
+from unicorn_backend.runtime.vulkan.variants import Variant
+
+TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+BUCKETS = (1, 2, 4, 8)  # tokens that a GEMV is compiled for
+BLOCK = 64  # tokens and rows of a GEMM's workgroup
+MAX_TOKENS = 512  # per submit: what the buffers hold
+# A submit must end long before a driver's watchdog (about 2 s on the slowest setting of amdgpu) sees it. The 780M
+# computes about 2 T multiply-adds per second with dot products: 24 G take 12 ms.
+MAX_MULTIPLY_ADDS = 24e9
+ROW_THREADS = 256
+GRIDS_BYTES = 1 << 10  # of the buffer of workgroup numbers: 85 stages
+# A weight is cut between tiles whose scales and zero points (16 bytes a tile) lie on pages.
+PIECE_TILES = 256
+
+
+def submit_tokens(multiply_adds: int) -> int:
+    """Tokens of one submit, whole blocks, where a token costs so many multiply-adds."""
+    return int(min(max(MAX_MULTIPLY_ADDS // multiply_adds // BLOCK, 1), MAX_TOKENS // BLOCK)) * BLOCK
+
+
+def item_bytes(dtype: torch.dtype) -> int:
+    return 4 if dtype == torch.float32 else 2
+
+
+class Shape(Protocol):
+    """Everything that pipelines and buffers of an op depend on; hashable."""
+
+    @property
+    def max_tokens(self) -> int: ...
+
+    @property
+    def bytes(self) -> int:
+        """Of the buffers, about."""
+
+    def kernels(self, device: LogicalDevice, variant: Variant) -> Kernels: ...
+
+
+class Call(Protocol):
+    """The arguments of one call of an op."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def lists(self) -> list[list[Tensor]]:
+        """Packed weights, which the device reads in place or gets a copy of."""
+
+    @property
+    def small(self) -> list[Tensor]:
+        """What `floats` is made of."""
+
+    @property
+    def shape(self) -> Shape: ...
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What is copied to the device at each call, in the order of `Kernels.inputs`: one row per token."""
+
+    def floats(self) -> list[Tensor]:
+        """fp32 vectors that are copied to the device once."""
+
+    def refusal(self) -> str:
+        """Why this call cannot run on a device; "" if it can."""
+
+    def result(self, rows: Tensor) -> Any:
+        """The op's result, of the rows [tokens, width] that the device wrote."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Tiles of a packed weight in buffers of their own, one for each of its tensors."""
+
+    first: int  # row
+    rows: int  # padding included
+    buffers: tuple[Buffer, ...]
+
+
+class Weights:
+    """One region's weights as the device reads them."""
+
+    def __init__(self, device: LogicalDevice, call: Call, placing: str) -> None:
+        """`placing`: "shared" (the CPU's own pages), "mapped" (a copy that both see), "staged" (device memory)."""
+        self._device = device
+        self.alive = [[w.detach() for w in weights] for weights in call.lists]  # shared pages stay as long as this
+        self.lists = [_pieces(device, weights, placing) for weights in self.alive]
+        self.floats = [_copied(device, values) for values in call.floats()]
+
+    def free(self) -> None:
+        for buffer in (*(b for pieces in self.lists for piece in pieces for b in piece.buffers), *self.floats):
+            self._device.free(buffer)
+
+
+def can_share(weights: Sequence[Tensor], alignment: int) -> bool:
+    """True if these tensors have whole pages of anonymous memory to themselves."""
+    arena = torch.classes.unicorn.Arena
+    return bool(alignment) and all(
+        arena.holds(w) and w.data_ptr() % alignment == 0 and alignment <= 4096 for w in weights
+    )
+
+
+def _pieces(device: LogicalDevice, weights: Sequence[Tensor], placing: str) -> list[Piece]:
+    tiles, limit = weights[0].shape[0], device.physical.features.max_buffer_bytes
+    step = tiles
+    if weights[0].nbytes > limit:
+        step = max(limit // (weights[0].nbytes // tiles) // PIECE_TILES, 1) * PIECE_TILES
+    found = []
+    for first in range(0, tiles, step):
+        last = min(first + step, tiles)
+        buffers = tuple(_upload(device, w[first:last], placing) for w in weights)
+        found.append(Piece(first * ROWS, (last - first) * ROWS, buffers))
+    return found
+
+
+def _upload(device: LogicalDevice, weight: Tensor, placing: str) -> Buffer:
+    if placing == "shared":
+        return device.imported(weight.data_ptr(), weight.nbytes)
+    weight = weight.contiguous()
+    return device.staged(weight.data_ptr(), weight.nbytes) if placing == "staged" else _mapped(device, weight)
+
+
+def _mapped(device: LogicalDevice, values: Tensor) -> Buffer:
+    buffer = device.buffer(values.nbytes, UPLOAD)
+    ctypes.memmove(buffer.address, values.data_ptr(), values.nbytes)
+    return buffer
+
+
+def _copied(device: LogicalDevice, values: Tensor) -> Buffer:
+    return _mapped(device, values.detach().float().contiguous())
+
+
+class Stage(NamedTuple):
+    """One dispatch, whatever the number of workgroups."""
+
+    pipeline: Any
+    buffers: tuple[tuple[int, Buffer], ...]  # (binding, buffer)
+    waits: bool = True  # for what the stage before it writes
+
+
+class Kernels(ABC):
+    """Pipelines and scratch buffers of one shape, shared by all layers that have it."""
+
+    inputs: list[Buffer]
+
+    def __init__(self, device: LogicalDevice, variant: Variant, shape: Any, width: int) -> None:
+        """`width`: values per token of the result."""
+        self.device, self.variant, self.shape, self._width = device, variant, shape, width
+        self._made: list[Buffer] = []
+        self.out = self.buffer(shape.max_tokens * width * item_bytes(shape.dtype), DOWNLOAD)
+        self._grids = self.buffer(GRIDS_BYTES, UPLOAD)
+
+    @abstractmethod
+    def stages(self, weights: Weights, tokens: int) -> list[Stage]:
+        """For a bucket of tokens; for 0 through GEMMs."""
+
+    @abstractmethod
+    def grids(self, weights: Weights, tokens: int, many: bool) -> list[tuple[int, int]]:
+        """Workgroups in x and y of each stage; `many`: of GEMMs."""
+
+    def buffer(self, size: int, wanted: Sequence[int] = DEVICE) -> Buffer:
+        self._made.append(self.device.buffer(size, wanted))
+        return self._made[-1]
+
+    def activations(self, k: int) -> tuple[Buffer, Buffer]:
+        """int8 values and fp32 scales of `max_tokens` rows."""
+        groups = self.shape.max_tokens * -(-k // GROUP)
+        return self.buffer(groups * GROUP), self.buffer(groups * 4)
+
+    def free(self) -> None:
+        for buffer in self._made:
+            self.device.free(buffer)
+
+    def record(self, weights: Weights, tokens: int, clock: Any = None) -> Recorded:
+        """The op for `tokens` (a bucket) tokens; for 0 with grids that `set_grids` writes, through GEMMs."""
+        stages = self.stages(weights, tokens)
+        grids: list[tuple[int, int] | int] = [12 * i for i in range(len(stages))]
+        if tokens:
+            grids = [*self.grids(weights, tokens, False)]
+        found = [Dispatch(s.pipeline, s.buffers, grid, s.waits) for s, grid in zip(stages, grids, strict=True)]
+        return self.device.record(found, self._grids, clock)
+
+    def set_grids(self, weights: Weights, tokens: int) -> None:
+        """Before a command buffer that was recorded for 0 tokens runs: how many there are."""
+        numbers = [n for grid in self.grids(weights, tokens, True) for n in (*grid, 1)]
+        ctypes.memmove(self._grids.address, (ctypes.c_uint32 * len(numbers))(*numbers), 4 * len(numbers))
+
+    def run(self, weights: Weights, recorded: Callable[[int], Recorded], call: Call) -> Any:
+        """`recorded(bucket)`: the command buffer for that many tokens. Raises VulkanError, TimeoutError."""
+        total = call.x.numel() // call.x.shape[-1]
+        rows = [t.contiguous() for t in call.inputs]
+        out = torch.empty((total, self._width), dtype=call.x.dtype)
+        first = 0
+        while first < total:
+            tokens = min(total - first, BUCKETS[-1] if total <= BUCKETS[-1] else self.shape.max_tokens)
+            bucket = next((b for b in BUCKETS if tokens <= b), 0)
+            for buffer, values in zip(self.inputs, rows, strict=True):
+                size = values.nbytes // total
+                ctypes.memmove(buffer.address, values.data_ptr() + first * size, tokens * size)
+            if bucket == 0:
+                self.set_grids(weights, tokens)
+            self.device.run(recorded(bucket), spin=bucket != 0)
+            size = out.nbytes // total
+            ctypes.memmove(out.data_ptr() + first * size, self.out.address, tokens * size)
+            first += tokens
+        return call.result(out)
+
+    def row_pipeline(self, name: str, width: int, eps: float | None, *more: tuple[int, int]) -> Any:
+        """Of a shader with one workgroup per token."""
+        norm = [(3, int(eps is not None)), (4, float(eps or 0.0))]
+        constants = [(0, ROW_THREADS), (1, width), (2, TYPES[self.shape.dtype]), *norm, *more]
+        return self.device.pipeline(variants.code(name), constants)
+
+    def product_pipeline(
+        self, name: str, which: str, tokens: int, threads: int, constants: Sequence[tuple[int, int]]
+    ) -> Any:
+        """The GEMV for a bucket of tokens, the GEMM for 0: `name` "linear_w8", `which` "gate_up_" or ""."""
+        variant = self.variant
+        if tokens == 0:
+            dot = "dot8" if variant.dot8 else "int"
+            return self.device.pipeline(variants.code(f"{name}_gemm__{which}{dot}"), constants)
+        code = variants.code(f"{name}_gemv__{which}{variant.name}")
+        return self.device.pipeline(code, [(0, threads), (3, tokens), *constants], full_subgroups=variant.subgroup)
