@@ -25,7 +25,7 @@ TARGET = "vulkan1.2"
 
 def builds() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Name of the .spv -> (source, defines)."""
-    found: dict[str, tuple[str, tuple[str, ...]]] = {"norm_quant": ("norm_quant", ()), "norm_add": ("norm_add", ())}
+    found: dict[str, tuple[str, tuple[str, ...]]] = {name: (name, ()) for name in ("norm_quant", "norm_add", "heads")}
     products = (("ffn_w4g", "gate_up", ("GATE_UP",)), ("ffn_w4g", "down", ()), ("linear_w8", "", ()))
     for source, which, defines in products:
         for dot, dots in (("dot8", ("DOT8",)), ("int", ())):

@@ -50,7 +50,7 @@ def main() -> None:
 
 def _pipelines(device: Any) -> Any:
     """Name and pipeline of every build, for each number of tokens and the layers of two models."""
-    from unicorn_backend.runtime.vulkan import ffn, kernels, linear, variants
+    from unicorn_backend.runtime.vulkan import ffn, kernels, linear, qkv, variants
 
     for model, (hidden, width) in LAYERS.items():
         shape = ffn.Shape(hidden, width, hidden, "gelu_tanh", ffn.torch.bfloat16, 1e-6, 1e-6, "x")
@@ -65,6 +65,10 @@ def _pipelines(device: Any) -> Any:
                 if variant.subgroup:
                     yield f"{model} {which} gemm {variant.name.split('_')[0]}", product(0)
         yield f"{model} norm_quant", made.row_pipeline("norm_quant", hidden, 1e-6)
+        heads = qkv.Shape(
+            hidden, 8, 4, 256, ffn.torch.bfloat16, 1e-6, 1e-6, False, 256, ffn.torch.bfloat16, False, False
+        )
+        yield f"{model} heads", _without_buffers(qkv.QkvKernels, device, variant, heads).heads()
         yield f"{model} norm_add", made.row_pipeline("norm_add", hidden, 1e-6, (5, 1))
 
 

@@ -65,7 +65,7 @@ def test_generate_and_a_device_that_is_lost_meanwhile(
 
     def submit(self: Any, *args: Any, **kwargs: Any) -> None:
         submits.append(1)
-        if len(submits) == 3 * NEW["max_new_tokens"] + 5:
+        if len(submits) == 5 * NEW["max_new_tokens"] + 5:
             raise VulkanError("vkQueueSubmit", -4)
         plain(self, *args, **kwargs)
 
@@ -73,17 +73,18 @@ def test_generate_and_a_device_that_is_lost_meanwhile(
     assert tokens(devices=["cpu", "vulkan:llvmpipe"]) == want and not submits
     assert "policy='fixed'" in str(unicorn_backend.explain(model)), "a software driver is never preferred"
     assert tokens(devices=["cpu", "vulkan:llvmpipe"], policy="fixed") == want
-    assert len(submits) == 3 * NEW["max_new_tokens"], "one submit per layer and token, and one for the head"
+    assert len(submits) == 5 * NEW["max_new_tokens"], "two submits per layer and token, and one for the head"
     explanation = unicorn_backend.explain(model)
     steps = [s for plan in explanation.plans[-2:] for s in plan.steps]
-    there = [s for s in steps if s.kind in ("ffn", "linear")]
+    there = [s for s in steps if s.kind in ("ffn", "linear", "qkv")]
     assert {(s.device, s.reason) for s in there} == {("vulkan:llvmpipe", device.label)}
-    assert {s.schemes for s in there} == {("w4g32",) * 3, ("w8a",)}
-    assert {s.reason for s in steps if s.kind == "qkv"} == {"vulkan:llvmpipe: no shader for qkv"}
+    assert {s.schemes for s in there} == {("w4g32",) * 3, ("w8c",) * 3, ("w8a",)}
+    reasons = {s.reason for s in steps if s.kind == "attention"}
+    assert len(reasons) == 1 and "keys and values are in the CPU's cache" in reasons.pop()
     assert "not a GPU" in device.label
     memory = device.memory()
     pages = sum(-(-s.weight_bytes // 4096) * 4096 for s in there) // 2
-    assert pages <= memory.shared < pages + 2 * 9 * 4096, "weights are not copied, the head's, which embeds, neither"
+    assert pages <= memory.shared < pages + 32 * 4096, "weights are not copied, the head's, which embeds, neither"
     assert f"vulkan:llvmpipe: {size(sum(s.weight_bytes for s in there) // 2)} of weights" in str(explanation)
 
     got = model.generate(ids, attention_mask=torch.ones_like(ids), **NEW)[0]
@@ -189,6 +190,17 @@ def test_an_allocation_that_fails_all_the_same_is_a_reason(device: Any, monkeypa
     assert device.memory().used == before, "what was allocated of it is given back"
     assert not device.lost
     run(device, arguments(2, 64, 96, 64))
+
+
+def test_what_is_refused_before_anything_is_touched(device: Any) -> None:
+    def refused(kind: str, schemes: tuple[str, ...], whole: bool = True, **constants: Any) -> str:
+        return str(device.refuses(Work(Step(kind, "", "", "cpu", schemes, 0), constants, whole)))
+
+    assert refused("linear", ("w8a",)) == refused("qkv", ("w8c",) * 3) == refused("ffn", ("w4g32",) * 3, bias=[]) == ""
+    assert refused("linear", ("q6k",)) == "weights are q6k, the shaders take w8c and w8a"
+    assert refused("ffn", ("w4g32", "w8c", "w4g32"), bias=[]) == "weights are w4g32, w8c, the shaders take w4g32"
+    assert "row ranges" in refused("qkv", ("w8c",) * 3, whole=False) and "biases" in refused("ffn", ("w4g32",) * 3)
+    assert "the CPU's cache" in refused("attention", ("w8c",)) and "experts" in refused("experts", ("w4g32",))
 
 
 def test_heaps_are_summed(device: Any) -> None:

@@ -7,14 +7,12 @@ rounded the other way (within the error of its fp32 input) does not blur the nex
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.runtime import drivers
 from unicorn_backend import assets, reference
 from unicorn_backend.layouts import GROUP, pack_w4g32, unpack_w4g32
 
@@ -22,28 +20,6 @@ assets.load_native()
 
 EPS = 2.0**-23
 ROUNDING = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # half a unit, relative
-
-
-@pytest.fixture(scope="module", params=list(drivers.DRIVERS))
-def physical(request: Any) -> Any:
-    return drivers.physical(request.param)
-
-
-@pytest.fixture(scope="module")
-def devices(physical: Any) -> Iterator[Any]:
-    """variant, placing -> an open device, once per pair."""
-    from unicorn_backend.runtime.vulkan.device import VulkanDevice
-
-    opened: dict[tuple[str, str], Any] = {}
-
-    def get(variant: str = "", placing: str = "") -> Any:
-        if (variant, placing) not in opened:
-            opened[variant, placing] = VulkanDevice("vulkan", physical, variant, placing)
-        return opened[variant, placing]
-
-    yield get
-    for device in opened.values():
-        device.close()
 
 
 def weight(n: int, k: int, generator: torch.Generator) -> list[Tensor]:

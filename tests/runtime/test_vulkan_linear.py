@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.runtime import drivers
 from tests.runtime.test_vulkan_ffn import EPS, ROUNDING, read
 from unicorn_backend import assets, reference
 from unicorn_backend.layouts import GROUP, pack_w8, unpack
 
 assets.load_native()
-
-
-@pytest.fixture(scope="module", params=list(drivers.DRIVERS))
-def physical(request: Any) -> Any:
-    return drivers.physical(request.param)
-
-
-@pytest.fixture(scope="module")
-def devices(physical: Any) -> Iterator[Any]:
-    """variant, placing, largest buffer -> an open device, once for each."""
-    from unicorn_backend.runtime.vulkan.device import VulkanDevice
-
-    opened: dict[tuple[str, str, int], Any] = {}
-
-    def get(variant: str = "", placing: str = "", largest: int = 0) -> Any:
-        key = (variant, placing, largest)
-        if key not in opened:
-            features = physical.features
-            features = dataclasses.replace(features, max_buffer_bytes=largest or features.max_buffer_bytes)
-            found = dataclasses.replace(physical, features=features)
-            opened[key] = VulkanDevice("vulkan", found, variant, placing)
-        return opened[key]
-
-    yield get
-    for device in opened.values():
-        device.close()
 
 
 def weight(n: int, k: int, scheme: str, g: torch.Generator) -> list[Tensor]:
@@ -66,6 +37,19 @@ def run(device: Any, args: tuple[Any, ...]) -> Tensor:
     return y
 
 
+def products(a: Tensor, a_scale: Tensor, w: list[Tensor], n: int, k: int) -> tuple[Tensor, Tensor]:
+    """Exact product of int8 activations and a weight, fp64 [m, n], and how far a shader may be from it.
+
+    Integers of a group are exact in parts of 4 columns, so that parts may be larger than their sum. A thread adds at
+    most one part per group, then at most 32 threads are added, one after the other.
+    """
+    q, s, _ = unpack(w, n, k)
+    values = torch.nn.functional.pad(q.double(), (0, -k % GROUP)).unflatten(1, (-1, GROUP))
+    terms = torch.einsum("mgk,ngk->mng", a.double(), values) * a_scale.double()[:, None] * s.double()
+    sizes = torch.einsum("mgk,ngk->mng", a.double().abs(), values.abs()) * a_scale.double()[:, None] * s.double()
+    return terms.sum(-1), (a.shape[1] + 36) * EPS * sizes.sum(-1)
+
+
 def check(device: Any, args: tuple[Any, ...]) -> None:
     from unicorn_backend.runtime.vulkan import linear
 
@@ -86,16 +70,9 @@ def check(device: Any, args: tuple[Any, ...]) -> None:
     differ = a != want
     assert ((exact - exact.floor() - 0.5).abs()[differ] <= 127 * 4 * EPS).all() and differ.double().mean() < 1e-3
 
-    q, s, _ = unpack(w, n, k)
-    values = torch.nn.functional.pad(q.double(), (0, -k % GROUP)).unflatten(1, (-1, GROUP))
-    terms = torch.einsum("mgk,ngk->mng", a.double(), values) * a_scale.double()[:, None] * s.double()
-    product = terms.sum(-1)
+    product, error = products(a, a_scale, w, n, k)
     if bias is not None:
         product = product + bias.double()
-    # Integers of a group are exact in parts of 4 columns, so that parts may be larger than their sum. A thread adds
-    # at most one part per group, then at most 32 threads are added, one after the other.
-    size = torch.einsum("mgk,ngk->mng", a.double().abs(), values.abs()) * a_scale.double()[:, None]
-    error = (groups + 36) * EPS * (size * s.double()).sum(-1)
     error = error + (ROUNDING[x.dtype] + 2 * EPS) * product.abs() + 1e-7
     assert ((y.double() - product).abs() <= error * 1.01).all()
     assert error.mean() < 0.02 * product.square().mean().sqrt(), "the tolerance must stay below the signal"

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 from tests.runtime import test_vulkan_linear as linear
+from tests.runtime import test_vulkan_qkv as qkv
 from tests.runtime.test_vulkan_ffn import arguments, run
 from unicorn_backend.runtime.vulkan import ffn, physical
 from unicorn_backend.runtime.vulkan.device import VulkanDevice
@@ -21,6 +22,7 @@ def clean(*placings: str) -> None:
             run(device, arguments(m, 96, 160, 96, own=m == 3))
         run(device, arguments(1, 50, 77, 34, dtype=ffn.torch.float32, norms=False))
         for m in (1, 3, 70):
+            qkv.run(device, qkv.arguments(1, m, 50, (3, 1, 20), bias=m == 3))
             linear.run(device, linear.arguments(m, 50, 78, "w8a" if m > 1 else "w8c", bias=m == 3))
         device.close()
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from unicorn_backend.runtime.device import Memory, Work
-from unicorn_backend.runtime.vulkan import cost, ffn, linear, variants
+from unicorn_backend.runtime.vulkan import cost, ffn, linear, qkv, variants
 from unicorn_backend.runtime.vulkan.api import DEVICE_LOST, VulkanError
 from unicorn_backend.runtime.vulkan.kernels import Call, Kernels, Shape, Weights, can_share
 from unicorn_backend.runtime.vulkan.logical import LogicalDevice, Recorded
@@ -23,9 +23,9 @@ from unicorn_backend.table import size
 log = logging.getLogger(__name__)
 
 RESERVE = 64 << 20  # bytes of the budget that are left to the desktop
-CALLS: dict[str, type[Call]] = {"int4_ffn": ffn.Call, "linear": linear.Call}
+CALLS: dict[str, type[Call]] = {"int4_ffn": ffn.Call, "linear": linear.Call, "int8_qkv": qkv.Call}
 # kind of a region -> the schemes that its shaders take
-SCHEMES = {"ffn": ("w4g32",), "linear": linear.SCHEMES}
+SCHEMES = {"ffn": ("w4g32",), "linear": linear.SCHEMES, "qkv": linear.SCHEMES}
 _all: weakref.WeakSet[VulkanDevice] = weakref.WeakSet()
 
 
@@ -53,6 +53,8 @@ class VulkanDevice:
 
     def refuses(self, work: Work) -> str:
         kind, schemes = work.step.kind, set(work.step.schemes)
+        if kind == "attention":
+            return "keys and values are in the CPU's cache: attention and its output projection stay with them"
         if kind not in SCHEMES:
             return f"no shader for {kind}"
         if not schemes <= set(SCHEMES[kind]):

@@ -231,10 +231,12 @@ class Kernels(ABC):
             first += tokens
         return call.result(out)
 
-    def row_pipeline(self, name: str, width: int, eps: float | None, *more: tuple[int, int]) -> Any:
-        """Of a shader with one workgroup per token."""
+    def row_pipeline(
+        self, name: str, width: int, eps: float | None, *more: tuple[int, int], threads: int = ROW_THREADS
+    ) -> Any:
+        """Of a shader with one workgroup per row."""
         norm = [(3, int(eps is not None)), (4, float(eps or 0.0))]
-        constants = [(0, ROW_THREADS), (1, width), (2, TYPES[self.shape.dtype]), *norm, *more]
+        constants = [(0, threads), (1, width), (2, TYPES[self.shape.dtype]), *norm, *more]
         return self.device.pipeline(variants.code(name), constants)
 
     def product_pipeline(

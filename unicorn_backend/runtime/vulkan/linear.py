@@ -42,7 +42,6 @@ class Shape:
     k: int
     n: int
     dtype: torch.dtype
-    zero: bool  # w8a
     bias: bool
     many: bool  # tokens: a head's buffers for one are small
 
@@ -82,7 +81,7 @@ class Call(NamedTuple):
     def shape(self) -> Shape:
         k = self.x.shape[-1]
         many = self.x.numel() > k * BUCKETS[-1]
-        return Shape(k, self.n, self.x.dtype, len(self.w) == 3, self.bias is not None, many)
+        return Shape(k, self.n, self.x.dtype, self.bias is not None, many)
 
     @property
     def inputs(self) -> list[Tensor]:

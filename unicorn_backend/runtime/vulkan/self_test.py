@@ -24,6 +24,8 @@ def compare_with_cpu(device: Any) -> str:
         if isinstance(result, str):
             return f"self-test: {result}"
         want = getattr(torch.ops.unicorn, op)(*arguments)
+        if op == "int8_qkv":
+            result, want = (torch.cat([part.flatten() for part in parts]) for parts in (result, want))
         error = float((result - want).square().mean() / want.square().mean())
         if not error <= LIMIT:
             found = f"{op} of {tokens} tokens differs from the CPU's result (normalised error {error:.1e})"
@@ -36,12 +38,17 @@ def _cases() -> Iterator[tuple[str, int, tuple[Any, ...]]]:
     g = torch.Generator().manual_seed(1)
     ffn = [_w4g32(n, k, g) for n, k in ((F, K), (F, K), (N, F))]
     pre, post, bias = (torch.rand(n, generator=g) + 0.5 for n in (K, N, F))
-    head, linear = _w8(F, K, g, zero=True), _w8(F, K, g, zero=False)
+    head, linear, values = _w8(F, K, g, zero=True), _w8(F, K, g, zero=False), _w8(32, K, g, zero=False)
+    heads = (5, 1, 32, False, True)
+    ones = torch.ones(32)
     for tokens in TOKENS:
         x, residual = torch.randn(tokens, K, generator=g), torch.randn(tokens, N, generator=g)
         yield "int4_ffn", tokens, (x, pre, 1e-6, 0.0, *ffn, [], "gelu_tanh", F, N, post, 1e-6, 0.0, residual)
         yield "linear", tokens, (x, head, None, F)
         yield "linear", tokens, (x, linear, bias, F)
+        angle = torch.rand(1, tokens, 32, generator=g) * 6
+        qkv: tuple[Any, ...] = (linear, values, values, [], ones, ones, 1e-6, 0.0, angle.cos(), angle.sin(), *heads)
+        yield "int8_qkv", tokens, (x[None], pre, 1e-6, 0.0, *qkv)
 
 
 def _w4g32(n: int, k: int, generator: torch.Generator) -> list[torch.Tensor]:
