@@ -285,7 +285,7 @@ def quantize(
     format: Annotated[str, typer.Option(help="unicorn, gguf or compressed-tensors.")] = "unicorn",
     calibration: Annotated[
         Path | None,
-        typer.Option(help="UTF-8 text to run SRC on: its activations weigh the errors. SRC must fit in RAM."),
+        typer.Option(help="UTF-8 text to run SRC on, to scale columns and weigh errors by. SRC must fit in RAM."),
     ] = None,
     evaluation: Annotated[bool, typer.Option("--eval", help="Compare with SRC afterwards, into the report.")] = False,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text of --eval; a piece of WikiText-2 without.")] = None,

@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType as Type
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from unicorn_backend import quantize, quantize_checkpoint, verify
+from unicorn_backend import models, quantize, quantize_checkpoint, verify
 from unicorn_backend.errors import CheckpointError, QuantizationError
 from unicorn_backend.formats.gguf import (
     read_header,
@@ -420,6 +420,14 @@ def test_good_file_of_the_same_kind(tmp_path: Path) -> None:
     header = read_header(tmp_path / "good.gguf")
     assert header.architecture == "gemma3" and list(header.tensors) == ["w", "v"]
     assert torch.equal(header.tensors["v"].read(), torch.zeros(32))
+
+
+def test_the_folder_stands_for_its_only_file(folder: Path, tmp_path: Path) -> None:
+    by_folder, by_file = (models.load(name).state_dict() for name in (folder / "q4", folder / "q4/model.gguf"))
+    assert all(torch.equal(by_folder[name], tensor) for name, tensor in by_file.items())
+    assert models.load_tokenizer(folder / "q4")("word").input_ids == models.load_tokenizer()("word").input_ids
+    with pytest.raises(CheckpointError, match=r"absent/model\.gguf: no such file or folder"):
+        models.load(tmp_path / "absent/model.gguf")
 
 
 def test_unusable_models(folder: Path, tmp_path: Path) -> None:

@@ -187,7 +187,7 @@ def test_stored_copy_of_a_tied_head(source: Path, tmp_path: Path, tiny: Any) -> 
 def test_unusable_sources(source: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="quantized already"):
         quantize_checkpoint(quantized(tmp_path), tmp_path / "again")
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match="no such file or folder"):
         quantize_checkpoint(tmp_path / "nothing", tmp_path / "out")
     with pytest.raises(OptionError, match="int3"):
         quantize_checkpoint("tiny", tmp_path / "out", "int3")
@@ -201,7 +201,7 @@ def test_unusable_sources(source: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "nobody/nothing/model.gguf", "no/such/place/at/all"])
 def test_hub_that_cannot_be_reached(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match=f"{name}: no such folder"):
+    with pytest.raises(CheckpointError, match=f"{name}: no such file or folder"):
         quantize_checkpoint(name, tmp_path / "out")
 
 

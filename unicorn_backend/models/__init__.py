@@ -1,8 +1,8 @@
 """Models this package brings or can build: the embedded trained one, and random ones of true sizes.
 
 `load("tiny")` is the embedded 7M-parameter Gemma 3 (trained, see README.md here), `load("gemma3-1b")` and
-`load("gemma3-4b")` have the real shapes with random weights (speed only), anything else is a local folder
-or a hub id.
+`load("gemma3-4b")` have the real shapes with random weights (speed only), anything else is a local folder,
+a hub id, or a GGUF file (also by the folder that holds nothing else, or as "owner/name/file.gguf").
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def load(name: str | Path = "tiny") -> Any:
 
     if str(name) in CONFIGS:
         return random_model(str(name))
-    if str(name).endswith(".gguf"):
-        return _load_gguf(Path(name))
+    if (file := _gguf(name)) is not None:
+        return _load_gguf(file)
     try:
         return AutoModelForCausalLM.from_pretrained(_resolve(name), dtype="auto").eval()
     except OSError as error:
@@ -41,11 +41,32 @@ def load_tokenizer(name: str | Path = "tiny") -> Any:
     from transformers import AutoTokenizer
 
     try:
-        if str(name).endswith(".gguf"):
-            return AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name)
+        if (file := _gguf(name)) is not None:
+            return AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         return AutoTokenizer.from_pretrained(TINY if str(name) in CONFIGS else _resolve(name))
     except OSError as error:
         raise CheckpointError(_not_found(name, error)) from error
+
+
+def only_gguf(folder: Path) -> Path | None:
+    """The GGUF file of a folder that has one and no safetensors. CheckpointError if it has several."""
+    if not folder.is_dir() or any(folder.glob("*.safetensors*")):
+        return None
+    files = sorted(folder.glob("*.gguf"))
+    if len(files) > 1:
+        raise CheckpointError(f"{folder}: several GGUF files ({files[0].name}, {files[1].name}, ...): name one")
+    return files[0] if files else None
+
+
+def _gguf(name: str | Path) -> Path | None:
+    path = Path(name)
+    if path.suffix != ".gguf" or path.is_dir():
+        return only_gguf(path)
+    if path.exists():
+        return path
+    from unicorn_backend.quantize.source import find
+
+    return find(name)
 
 
 def _load_gguf(path: Path) -> Any:

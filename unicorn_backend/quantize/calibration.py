@@ -1,12 +1,14 @@
-"""Importance of weight columns from a text: the mean square of the activation that meets each column.
+"""What a text tells about a model's weights: the importance of their columns, and how to scale them first.
 
-The error that a linear makes is, for weight errors without a pattern, the sum over the columns of the squared weight
-error times that mean square; so the searches of scales weight the squared errors with it. llama.cpp's imatrix is the
-same number.
+Importance is the mean square of the activation that meets a column. The error that a linear makes is, for weight errors
+without a pattern, the sum over the columns of the squared weight error times that mean square; so the searches of
+scales weight the squared errors with it. llama.cpp's imatrix is the same number. For scaling see `prescale.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,45 @@ from torch import Tensor, nn
 
 from unicorn_backend import measure, models
 from unicorn_backend.errors import OptionError, QuantizationError
+from unicorn_backend.quantize.prescale import Scaling, scaling
+from unicorn_backend.quantize.schemes import quantization_noise_reference, quantize_weight
 from unicorn_backend.quantize.source import Source
 
 TOKENS = 16384  # at most; of the text's begin
 WINDOW = 512  # tokens per context
 SMALLEST = 1e-4  # of the mean: a column that the text never used still counts a little
 HEADROOM = 1_000_000_000  # bytes for activations and logits
+SAMPLE = 64  # rows that tell whether a weight is on its scheme's grid
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """importance: {linear: fp32 [K] of mean 1}, of the scaled columns."""
+
+    importance: Mapping[str, Tensor] = field(default_factory=dict)
+    scaling: Scaling = field(default_factory=Scaling)
+
+    def importance_of(self, users: Iterable[str]) -> Tensor | None:
+        """That of a weight with these users (a table's is that of its tied head)."""
+        return next((self.importance[name] for name in users if name in self.importance), None)
+
+
+def calibrate(model: nn.Module, ids: Tensor, takes_part: Callable[[str], bool]) -> Calibration:
+    """Run a float causal language model on token ids int64 [B, T].
+
+    takes_part: whether the weight of a linear may be scaled: it gets quantized, for this linear alone.
+    """
+    found = importance(model, ids)
+    factors = scaling(model, ids[:1], found, takes_part)
+    for name, columns in factors.columns.items():
+        scaled = found[name] / columns.square()
+        found[name] = scaled / scaled.mean()
+    return Calibration(found, factors)
+
+
+def on_grid(rows: Tensor, scheme: str) -> bool:
+    """Whether these rows of a weight are values of the scheme, as those of quantization-aware training are."""
+    return quantization_noise_reference(rows, quantize_weight(rows, scheme))[1] == 0
 
 
 def importance(model: nn.Module, ids: Tensor, window: int = WINDOW) -> dict[str, Tensor]:
@@ -44,8 +79,8 @@ def importance(model: nn.Module, ids: Tensor, window: int = WINDOW) -> dict[str,
     return {name: _normalised(total, name) for name, total in sums.items() if total.any()}
 
 
-def from_text(source: Source, kind: Any, text: str | Path) -> dict[str, Tensor]:
-    """`importance` for a checkpoint, over the begin of a UTF-8 text file.
+def from_text(source: Source, kind: Any, text: str | Path, takes_part: Callable[[str], bool]) -> Calibration:
+    """`calibrate` for a checkpoint, over the begin of a UTF-8 text file.
 
     kind: the transformers class of the model, which names the linears. It runs in its own dtype.
     Raises OptionError for a text that cannot be read or is too short, and QuantizationError where the model does not
@@ -59,8 +94,8 @@ def from_text(source: Source, kind: Any, text: str | Path) -> dict[str, Tensor]:
             "free. Calibrate on a machine with more memory, or quantize without"
         )
     if source.gguf is not None:
-        return importance(models.load(source.gguf), ids)
-    return importance(kind.from_pretrained(source.folder, dtype="auto").eval(), ids)
+        return Calibration(importance(models.load(source.gguf), ids))
+    return calibrate(kind.from_pretrained(source.folder, dtype="auto").eval(), ids, takes_part)
 
 
 def _ids(source: Source, text: str | Path) -> Tensor:

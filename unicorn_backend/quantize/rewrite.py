@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 from unicorn_backend.errors import OptionError, QuantizationError
 from unicorn_backend.layouts import SCHEMES
 from unicorn_backend.quantize import experts
+from unicorn_backend.quantize.calibration import SAMPLE, Calibration, calibrate, on_grid
 from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import (
     QuantEmbedding,
@@ -80,7 +81,8 @@ def quantize(
     """Quantize the weights of `model` in place, for inference, and return it.
 
     recipe: a name from `recipes()`, or a `Recipe`.
-    calibration: token ids int64 [B, T]; the float model runs on them, and what its columns get weighs their errors.
+    calibration: token ids int64 [B, T]; the float model runs on them, and what the columns of its weights meet weighs
+        their errors and scales them first (undone in the norm or linear before: the function stays).
     keep_weights: keep the float weights too, for `restore` (costs their memory).
     progress: show a bar; None shows one from 1 GB on.
     rules: overrides, asked before the recipe: {regular expression on the module name: scheme, or None
@@ -93,7 +95,7 @@ def quantize(
     chosen = resolve(model, recipe, rules)
     jobs, _ = plan(model, chosen)
     _refuse_changes(model, chosen)
-    shards = _shards(model, jobs, keep_weights)
+    shards = _shards(model, jobs, keep_weights, calibration)
     found = experts.find_experts(model, chosen.scheme_for)
     _check_experts(found)
     _check_weights(jobs)
@@ -103,13 +105,14 @@ def quantize(
         jobs, _ = plan(model, chosen)
     total = sum(job.weight.nbytes for job in jobs)
     hidden = total < PROGRESS_BYTES if progress is None else not progress
-    importance = _importance(model, calibration)
+    calibrated = _calibrate(model, calibration, jobs)
     queue = deque(sorted(jobs, key=lambda job: job.weight.nbytes))
     del jobs
     mapped = MappedFiles()
     with tqdm(total=total, desc="Quantizing", unit="B", unit_scale=True, disable=hidden) as bar:
         while queue:
-            bar.update(_run(queue.popleft(), mapped, keep_weights, importance, shards))
+            bar.update(_run(queue.popleft(), mapped, keep_weights, calibrated, shards))
+    _scale_norms(model, calibrated.scaling.norms, keep_weights)
     if shards:
         shards.finish(model)
     _mark(model, chosen, in_parts=bool(shards))
@@ -173,16 +176,31 @@ def _read_by_owner(model: nn.Module, name: str) -> bool:
     return bool(name) and child in weights_read(cls)
 
 
-def _importance(model: nn.Module, ids: Tensor | None) -> dict[str, Tensor]:
-    from unicorn_backend.quantize import calibration
+def _calibrate(model: nn.Module, ids: Tensor | None, jobs: list[Job]) -> Calibration:
+    if ids is None:
+        return Calibration()
+    alone = {job.users[0][0]: job for job in jobs if len(job.users) == 1}
 
-    return {} if ids is None else calibration.importance(model, ids)
+    def takes_part(name: str) -> bool:
+        return name in alone and not on_grid(alone[name].weight.detach()[:SAMPLE], alone[name].scheme)
+
+    return calibrate(model, ids, takes_part)
 
 
-def _shards(model: nn.Module, jobs: list[Job], keep_weights: bool) -> Any:
+def _scale_norms(model: nn.Module, new: Mapping[str, Tensor], keep: bool) -> None:
+    if keep:
+        model._unicorn_norms = {name: model.get_submodule(name).weight.detach().clone() for name in new}  # type: ignore
+    with torch.no_grad():
+        for name, weight in new.items():
+            model.get_submodule(name).weight.copy_(weight)  # type: ignore[operator]
+
+
+def _shards(model: nn.Module, jobs: list[Job], keep_weights: bool, calibration: Tensor | None) -> Any:
     """How `model` is sharded over processes, None if it is not."""
     if not any(wrapped(module) for module in model.modules()):
         return None
+    if calibration is not None:
+        raise OptionError("calibration: got token ids, allowed is None for a model sharded over processes")
     if keep_weights:
         raise OptionError("keep_weights: got True, allowed is False for a model sharded over processes")
     from unicorn_backend.integration.tensor_parallel import Shards
@@ -190,12 +208,13 @@ def _shards(model: nn.Module, jobs: list[Job], keep_weights: bool) -> Any:
     return Shards(user for job in jobs for user in job.users)
 
 
-def _run(job: Job, mapped: MappedFiles, keep: bool, importance: Mapping[str, Tensor], shards: Any) -> int:
+def _run(job: Job, mapped: MappedFiles, keep: bool, calibrated: Calibration, shards: Any) -> int:
     """Pack one weight, change its modules, let the float weight go. Returns the bytes of that."""
     size, storage = job.weight.nbytes, _local(job.weight).untyped_storage()
-    columns = importance_of(importance, (name for name, _ in job.users))
+    names = [name for name, _ in job.users]
     weight = shards.whole(job.weight.detach()) if shards else job.weight.detach()
-    packed = pack_weight(weight, job.scheme, job.users[0][0], columns)
+    weight = calibrated.scaling.apply(names, weight)
+    packed = pack_weight(weight, job.scheme, names[0], calibrated.importance_of(names))
     del weight
     for i, (_, module) in enumerate(job.users):
         pack_module(module, shards.cut(module, packed) if shards else packed, keep=keep, owner=i == 0)
@@ -204,11 +223,6 @@ def _run(job: Job, mapped: MappedFiles, keep: bool, importance: Mapping[str, Ten
     del job.weight
     mapped.release(storage)
     return size
-
-
-def importance_of(found: Mapping[str, Tensor], users: Iterable[str]) -> Tensor | None:
-    """The importance of the columns of a weight with these users (a table's is that of its tied head)."""
-    return next((found[name] for name in users if name in found), None)
 
 
 def pack_weight(weight: Tensor, scheme: str, name: str, importance: Tensor | None = None) -> list[Tensor]:
@@ -239,6 +253,7 @@ def restore(model: nn.Module) -> nn.Module:
     for stacked in model.modules():
         if isinstance(stacked, experts.StackedExperts):
             experts.unstack(stacked)
+    _scale_norms(model, model.__dict__.pop("_unicorn_norms", {}), keep=False)
     model.__dict__.pop("_unicorn_recipe", None)
     for inner in _pretrained(model):
         _hf().detach(inner)

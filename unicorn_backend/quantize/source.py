@@ -112,27 +112,19 @@ def find(name: str | Path) -> Path:
         return models.TINY
     path = Path(name)
     if path.exists():
-        return _only_gguf(path) or path
+        return models.only_gguf(path) or path
     try:
         if path.suffix == ".gguf" and len(path.parts) > 2 and not path.is_absolute():
             return Path(hf_hub_download("/".join(path.parts[:2]), "/".join(path.parts[2:])))
         return Path(snapshot_download(str(name), allow_patterns=list(DOWNLOADED)))
     except HFValidationError as error:
-        raise CheckpointError(f"{name}: no such folder, and not the form of a hub id (owner/name)") from error
+        raise CheckpointError(f"{name}: no such file or folder, and not the form of a hub id (owner/name)") from error
     except LocalEntryNotFoundError as error:
-        raise CheckpointError(f"{name}: no such folder, not in the cache, and the hub cannot be reached") from error
+        raise CheckpointError(
+            f"{name}: no such file or folder, not in the cache, and the hub cannot be reached"
+        ) from error
     except HfHubHTTPError as error:
-        raise CheckpointError(f"{name}: no such folder, and the hub answers: {error}") from error
-
-
-def _only_gguf(folder: Path) -> Path | None:
-    """The GGUF file of a folder that has one and no safetensors."""
-    if not folder.is_dir() or any(folder.glob("*.safetensors*")):
-        return None
-    files = sorted(folder.glob("*.gguf"))
-    if len(files) > 1:
-        raise CheckpointError(f"{folder}: several GGUF files ({files[0].name}, {files[1].name}, ...): name one")
-    return files[0] if files else None
+        raise CheckpointError(f"{name}: no such file or folder, and the hub answers: {error}") from error
 
 
 def read_config(folder: Path) -> Any:

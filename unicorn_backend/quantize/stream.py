@@ -26,8 +26,9 @@ from unicorn_backend.formats.safetensors import StoredTensor
 from unicorn_backend.formats.target import Encoded, Noise, Rows, Target, Unicorn
 from unicorn_backend.layouts import ROWS
 from unicorn_backend.quantize import card, report, rewrite
-from unicorn_backend.quantize.calibration import from_text
+from unicorn_backend.quantize.calibration import SAMPLE, from_text, on_grid
 from unicorn_backend.quantize.output import Output
+from unicorn_backend.quantize.prescale import Scaling
 from unicorn_backend.quantize.recipe import FLOAT, Recipe
 from unicorn_backend.quantize.schemes import SEARCHED, ensure_kernels
 from unicorn_backend.quantize.skeleton import Skeleton, skeleton
@@ -47,6 +48,7 @@ class Piece:
     dtype: what `from_pretrained` would load it as, and what is packed or copied.
     exact: the stored values are taken over as they are, packed.
     importance: of the columns, for the search of scales.
+    name: of the module, for what `scaling` does to its weight.
     """
 
     stored: StoredTensor
@@ -54,6 +56,8 @@ class Piece:
     scheme: str
     reason: str = ""
     importance: Tensor | None = field(default=None, compare=False)
+    name: str = ""
+    scaling: Scaling = field(default_factory=Scaling, compare=False)
 
     @property
     def exact(self) -> bool:
@@ -82,8 +86,12 @@ class Block:
         stored = self.piece.stored
         if self.piece.exact:
             return stored.packed_rows(self.first, self.last)
-        read = stored.read if self.piece.scheme == FLOAT else stored.rows
-        return read(self.first, self.last).to(self.piece.dtype)
+        name, scaling = self.piece.name, self.piece.scaling
+        if self.piece.scheme != FLOAT:
+            return scaling.apply([name], stored.rows(self.first, self.last).to(self.piece.dtype), self.first)
+        if name in scaling.norms:
+            return scaling.norms[name][self.first : self.last]
+        return stored.read(self.first, self.last).to(self.piece.dtype)
 
     @property
     def stored_bytes(self) -> int:
@@ -113,8 +121,8 @@ def quantize_checkpoint(
 
     src: a folder written by save_pretrained, a hub id, or "tiny".
     recipe, rules: as for `quantize`; a function in `rules` sees modules without weights.
-    calibration: a UTF-8 text; the float model runs on it (and must fit into the memory), and what its columns get
-        there weighs their errors.
+    calibration: a UTF-8 text; the float model runs on it (and must fit into the memory), and what the columns of its
+        weights meet there weighs their errors and scales them first, as for `quantize`.
     format: "unicorn", "gguf" or "compressed-tensors".
     resume: go on with an interrupted run of the same arguments. overwrite: replace an existing folder.
     progress: show a bar; None shows one from 1 GB on.
@@ -127,8 +135,9 @@ def quantize_checkpoint(
     model = skeleton(source.config, source.dtype, recipe, rules, kept=source.kept_schemes())
     target = _target(format, source, model)
     pieces = plan_pieces(source, model)
+    notes: tuple[str, ...] = ()
     if calibration is not None:
-        pieces = _with_importance(pieces, model, from_text(source, type(model.model), calibration))
+        pieces, notes = _calibrated(pieces, source, model, calibration)
     declared = {name: what for piece in pieces for name, what in _outputs(piece, target).items()}
     identity = _identity(source, model.recipe, target, shard_bytes, calibration)
     layout = target.layout(declared, shard_bytes)
@@ -139,6 +148,7 @@ def quantize_checkpoint(
             records[record["name"]] = record
         result = report.build(source, model, target, [records[piece.stored.name] for piece in pieces], start)
         result["calibration"] = identity["calibration"]
+        result["notes"] += notes
         target.write_beside(output.partial, source, model, {row["name"]: row["scheme"] for row in result["weights"]})
         card.write_card(output.partial, source, result)
         output.publish()
@@ -188,18 +198,35 @@ def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
     return _without_tied(pieces, owners, model)
 
 
-def _with_importance(pieces: list[Piece], model: Skeleton, found: Mapping[str, Tensor]) -> list[Piece]:
-    """The pieces with the importance of their columns; that of a tied head is its table's."""
+def _calibrated(
+    pieces: list[Piece], source: Source, model: Skeleton, text: str | Path
+) -> tuple[list[Piece], tuple[str, ...]]:
+    """The pieces with what the text tells about them, and why some of them are not scaled."""
     tied = getattr(model.model, "all_tied_weights_keys", None) or {}
     users: dict[str, list[str]] = {}
     for name in model.schemes:
         users.setdefault(tied.get(name, name), []).append(name.removesuffix(".weight"))
+    owners = {piece.stored.name: model.parameter_of(piece.stored.name) or "" for piece in pieces}
+    alone = {
+        users[name][0]: piece
+        for piece in pieces
+        if len(users.get(name := owners[piece.stored.name], ())) == 1 and not piece.exact
+    }
+
+    def takes_part(name: str) -> bool:
+        if name not in alone:
+            return False
+        stored, dtype = alone[name].stored, alone[name].dtype
+        return not on_grid(stored.rows(0, min(SAMPLE, stored.shape[0])).to(dtype), alone[name].scheme)
+
+    found = from_text(source, type(model.model), text, takes_part)
     new = []
     for piece in pieces:
-        name = model.parameter_of(piece.stored.name) or ""
+        name = owners[piece.stored.name]
         wanted = piece.scheme in SEARCHED and not piece.exact
-        new.append(replace(piece, importance=rewrite.importance_of(found, users.get(name, ()))) if wanted else piece)
-    return new
+        importance = found.importance_of(users.get(name, ())) if wanted else None
+        new.append(replace(piece, importance=importance, name=name.removesuffix(".weight"), scaling=found.scaling))
+    return new, found.scaling.refused
 
 
 def _without_tied(pieces: list[Piece], owners: Mapping[str, StoredTensor], model: Skeleton) -> list[Piece]:
