@@ -20,6 +20,7 @@ import torch
 from unicorn_backend.assets import load_native
 from unicorn_backend.graph import describe
 from unicorn_backend.plan import Measured, Plan
+from unicorn_backend.runtime import overlap
 from unicorn_backend.runtime.placed import tokens_of
 
 OPS = {op._schema.name.removeprefix("unicorn::") for op in describe.OPS}
@@ -38,6 +39,7 @@ class Event:
 @contextmanager
 def timed(model: Any) -> Iterator[None]:
     """Time the regions of `model`'s compiled graphs while the block runs; each plan keeps the medians (`measured`).
+    No two regions run at once meanwhile.
 
     model: as for `explain`. Run the compiled model once before: what is compiled inside the block is timed too.
     """
@@ -47,9 +49,11 @@ def timed(model: Any) -> Iterator[None]:
     program = torch.classes.unicorn.Program
     program.traced()
     program.trace(True)
+    overlap.enabled = False
     try:
         yield
     finally:
+        overlap.enabled = True
         program.trace(False)
         assign(plans_of(getattr(model, "_orig_mod", model)), [e for t in program.traced() if (e := _event(*t))])
 

@@ -48,18 +48,18 @@ def generate(model: Any, devices: tuple[str, ...] = ("cpu", "npu"), **options: A
     return out[0, PROMPT:], compiled
 
 
+def shortened(model: Any, layers: int) -> Any:
+    model.model.layers = model.model.layers[:layers]
+    model.config.num_hidden_layers = layers
+    model.config.layer_types = model.config.layer_types[:layers]
+    return model
+
+
 @pytest.fixture
 def make_short(make_tiny: Callable[[], Any]) -> Callable[[], Any]:
     """The embedded model's first layer, for what does not depend on the number of layers."""
 
-    def make() -> Any:
-        model = make_tiny()
-        model.model.layers = model.model.layers[:1]
-        model.config.num_hidden_layers = 1
-        model.config.layer_types = model.config.layer_types[:1]
-        return model
-
-    return make
+    return lambda: shortened(make_tiny(), 1)
 
 
 @pytest.fixture(scope="module")

@@ -235,3 +235,17 @@ def test_a_site_leaves_short_calls_to_the_cpu(null: NullDevice) -> None:
         assert site((torch.randn(count, 32), w, None, 16)).shape == (count, 16)
         assert null.calls.count(("run", "linear")) == runs
     assert placed.tokens_of("int8_attention", (2, 4, 8, 64)) == 16 and placed.tokens_of("int4_ffn", (2, 8, 64)) == 16
+
+
+@pytest.mark.parametrize("ffn", ["no", ""])
+def test_an_attention_in_chunks_runs_beside_the_feed_forward(
+    model: Any, want: list[int], sample_ids: torch.Tensor, null: NullDevice, monkeypatch: pytest.MonkeyPatch, ffn: str
+) -> None:
+    """Beside the CPU's only: on one device the two would wait for each other."""
+    null.chunk = 4
+    monkeypatch.setattr(null, "refuses", lambda work: ffn if work.step.kind == "ffn" else "")
+    assert tokens(model, sample_ids[:, :9], devices="null") == want
+    reasons = {reason for kind, _, reason in placement(model) if kind == "attention"}
+    assert all(("from 8 tokens on in chunks" in reason) == bool(ffn) for reason in reasons)
+    runs = [call for call in null.calls if call == ("run", "int8_attention")]
+    assert len(runs) == LAYERS * NEW["max_new_tokens"]

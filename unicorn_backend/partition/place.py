@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from unicorn_backend.graph.describe import OPS
@@ -21,6 +22,7 @@ from unicorn_backend.partition.cost import Rates
 from unicorn_backend.plan import Plan, Step
 from unicorn_backend.runtime import open_device, placed
 from unicorn_backend.runtime.device import Device, Work
+from unicorn_backend.runtime.overlap import Overlap
 from unicorn_backend.table import size
 
 # A device gets a region where its predicted time is below this times the CPU's. Predictions are some 20 % off, so a
@@ -64,7 +66,35 @@ def place(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, l
         if best is not None and best.device is not None:
             rooms[best.name] -= step.weight_bytes
             chosen[node] = placed.Site(op, best.device, plan, index, best.least)
+    _overlap(chosen, plan, _nodes(gm))
     return (_with_calls(gm, chosen), list(chosen.values())) if chosen else (gm, [])
+
+
+def _overlap(chosen: dict[Node, placed.Site], plan: Plan, nodes: Sequence[Node]) -> None:
+    """Let attentions in chunks run beside the feed-forwards that alone read them, on another device or the CPU."""
+    for index, node in enumerate(nodes):
+        first = chosen.get(node)
+        if first is None or first.op != "int8_attention" or not (first.device and first.device.chunk):
+            continue
+        reader = _only_reader(node)
+        if reader is None:
+            continue
+        second = chosen.get(reader) or placed.Site("int4_ffn", None, plan, nodes.index(reader))
+        if second.device is first.device:
+            continue
+        chosen[reader] = second
+        first.leads = second.follows = Overlap()
+        step = plan.steps[index]
+        beside = f"from {2 * first.device.chunk} tokens on in chunks beside the feed-forward"
+        plan.steps[index] = dataclasses.replace(step, reason=f"{step.reason}; {beside}")
+
+
+def _only_reader(node: Node) -> Node | None:
+    """The feed-forward whose input, and residual if it has one, is `node`; None if anything else reads it."""
+    readers = list(node.users)
+    if len(readers) != 1 or readers[0].target is not torch.ops.unicorn.int4_ffn.default:
+        return None
+    return readers[0] if node is readers[0].args[0] else None
 
 
 @dataclass(frozen=True)

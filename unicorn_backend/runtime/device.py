@@ -7,11 +7,12 @@ kernel would, within the rounding of another order of float additions. Where it 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from unicorn_backend.plan import Step
+from unicorn_backend.runtime.overlap import Part
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ class Region(Protocol):
         """The op's result for these arguments; a `str` says why there is none. Any thread; waits without the GIL."""
 
 
+class ChunkedRegion(Region, Protocol):
+    """An attention on a device that has a `chunk`."""
+
+    def parts(self, arguments: Sequence[Any], count: int) -> Iterator[Part]:
+        """What `run` gives, for `count` ranges of tokens, one after another."""
+
+
 class Device(Protocol):
     """One device. It is opened once per process and name, and was compared with the CPU's kernels when it was."""
 
@@ -46,6 +54,7 @@ class Device(Protocol):
     label: str  # chip and driver, for people; says so where it is a program and not a chip
     software: bool  # a program on the CPU: only `policy="fixed"` uses it
     least: int  # tokens per call that it takes
+    chunk: int  # tokens of a prompt that it attends to while the feed-forward of others runs; 0: all at once
 
     def refuses(self, work: Work) -> str:
         """Why it does not take this region; "" if it does. Decides from data, without touching the device."""

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from unicorn_backend.runtime.device import Memory, Work
+from unicorn_backend.runtime.overlap import Part, ranges
 
 
 class NullDevice:
     def __init__(self, selector: str) -> None:
         self.name = f"null:{selector}" if selector else "null"
         self.label = "no device: calls are recorded and run on the CPU"
-        self.software, self.least = False, 1
+        self.software, self.least, self.chunk = False, 1, 0
         self.calls: list[tuple[str, ...]] = []
         self.lost = ""  # set it to a reason, and regions give it as their answer
 
@@ -42,6 +43,10 @@ class _Region:
     def run(self, arguments: Sequence[Any]) -> Any:
         self._device.calls.append(("run", self._op))
         return getattr(torch.ops.unicorn, self._op)(*arguments)
+
+    def parts(self, arguments: Sequence[Any], count: int) -> Iterator[Part]:
+        whole = self.run(arguments)
+        yield from ((tokens, whole[:, tokens]) for tokens in ranges(whole.shape[1], count))
 
 
 def open_device(selector: str) -> NullDevice:

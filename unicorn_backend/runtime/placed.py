@@ -12,13 +12,15 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from unicorn_backend.ops import LIBRARY
 from unicorn_backend.plan import Plan
-from unicorn_backend.runtime.device import Device
+from unicorn_backend.runtime import overlap
+from unicorn_backend.runtime.device import ChunkedRegion, Device
+from unicorn_backend.runtime.overlap import Overlap
 
 log = logging.getLogger(__name__)
 
@@ -35,32 +37,45 @@ class Site:
     What it decides at run time it writes into the graph's plan, where `explain` reads it.
     """
 
-    def __init__(self, op: str, device: Device, plan: Plan, index: int, least: int = 1) -> None:
-        """`least`: tokens per call from which the device runs it."""
+    def __init__(self, op: str, device: Device | None, plan: Plan, index: int, least: int = 1) -> None:
+        """`least`: tokens per call from which the device runs it. `device`: None is the CPU."""
         self.number = next(_numbers)
-        self._op = op
+        self.op = op
+        self.device = device
+        self.leads: Overlap | None = None  # an attention that a feed-forward on another device follows
+        self.follows: Overlap | None = None  # that feed-forward
         self._cpu: Callable[..., Any] = getattr(torch.ops.unicorn, op).default
-        self._device: Device | None = device
         self._plan, self._index, self._least = plan, index, least
         self._lock = threading.Lock()
         _sites[self.number] = self
 
     def __call__(self, arguments: tuple[Any, ...]) -> Any:
-        device = self._device
-        if device is not None and (self._least <= 1 or tokens_of(self._op, arguments[0].shape) >= self._least):
-            region = device.region(self._op, arguments)
+        if self.follows is not None and (done := self.follows.finish(arguments, self._run)) is not None:
+            return done
+        return self._run(arguments)
+
+    def _run(self, arguments: tuple[Any, ...]) -> Any:
+        device = self.device
+        if device is not None and (self._least <= 1 or tokens_of(self.op, arguments[0].shape) >= self._least):
+            region = device.region(self.op, arguments)
+            if self.leads is not None and overlap.enabled and not isinstance(region, str):
+                if (count := arguments[0].shape[2] // device.chunk) > 1:
+                    parts = cast(ChunkedRegion, region).parts(arguments, count)
+                    return self.leads.start(arguments, parts, lambda reason: self._left(device, reason, arguments))
             result = region if isinstance(region, str) else region.run(arguments)
-            if not isinstance(result, str):
-                return result
-            self._leave(device, result)
+            return self._left(device, result, arguments) if isinstance(result, str) else result
+        return self._cpu(*arguments)
+
+    def _left(self, device: Device, reason: str, arguments: tuple[Any, ...]) -> Any:
+        self._leave(device, reason)
         return self._cpu(*arguments)
 
     def _leave(self, device: Device, reason: str) -> None:
         """From now on on the CPU, said once and shown in the plan."""
         with self._lock:
-            if self._device is None:
+            if self.device is None:
                 return
-            self._device = None
+            self.device = None
         step = self._plan.steps[self._index]
         self._plan.steps[self._index] = dataclasses.replace(step, device="cpu", reason=f"{device.name}: {reason}")
         # A lost device is the same reason for all its regions: one warning, not one per layer.

@@ -57,6 +57,9 @@ class Rows:
     last: NDArray[np.int32]  # [R] one past the last
     shift: int
 
+    def part(self, rows: slice) -> Rows:
+        return Rows(self.q[rows], self.mult[rows], self.first[rows], self.last[rows], self.shift)
+
     def roll(self, by: int) -> Rows:
         """The same rows, `by` places further."""
         mult, first, last = np.roll(self.mult, by), np.roll(self.first, by), np.roll(self.last, by)
@@ -71,6 +74,7 @@ class Keys:
     v: NDArray[np.int8]  # [S, D]
     finer: NDArray[np.int32]
     block: int
+    packed: NDArray[np.uint8] | None = None  # the same as a launch reads it, once it was needed
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from unicorn_backend.runtime.npu.designs import IllegalDesign
 from unicorn_backend.runtime.npu.engine import BUDGET_BYTES, TIMEOUT_MS, Engine, NpuEngine, Unavailable
 from unicorn_backend.runtime.npu.regions import AttentionRegion, QkvRegion, refusal
 from unicorn_backend.runtime.npu.xrt import Xrt
+from unicorn_backend.runtime.overlap import Part
 
 log = logging.getLogger(__name__)
 
 REGIONS: dict[str, Any] = {"int8_qkv": QkvRegion, "int8_attention": AttentionRegion}
 LEAST = 32  # tokens: its kernels compute 128 rows at a time, decode is left to the CPU
+CHUNK = 128  # rows of one product; its attention fills 256 rows per head, so two query heads per K/V head fill a launch
 LEAST_EMULATED = 2  # the emulator is there to be run, no cost decides
 
 
@@ -49,6 +51,7 @@ class NpuDevice:
         self.engine = engine or NpuEngine(xrt, root, emulated, BUDGET_BYTES, timeout, builds=emulated)
         self.rates = cost.load(root, self.target, xrt.name)
         self.software, self.least = False, LEAST_EMULATED if emulated else LEAST
+        self.chunk = CHUNK
         self._lock = threading.RLock()
         self._regions: dict[tuple[Any, ...], tuple[list[StorageWeakRef], _Region]] = {}
 
@@ -108,12 +111,23 @@ class _Region:
 
     def run(self, arguments: Sequence[Any]) -> Any:
         try:
-            with self._lock:
-                if self._on_npu is None:
-                    self._on_npu = REGIONS[self._op](self._device.engine, self._device.target, arguments)
-                    if isinstance(self._device.engine, NpuEngine):
-                        self._device.calibrate(self._device.engine.tops)
-            result = self._on_npu.run(arguments)
+            result = self._ready(arguments).run(arguments)
         except (Unavailable, IllegalDesign) as reason:
             return str(reason)
         return self._cpu(*arguments) if result is None else result
+
+    def parts(self, arguments: Sequence[Any], count: int) -> Iterator[Part]:
+        """Of an attention."""
+        try:
+            found = self._ready(arguments).parts(arguments, count)
+            yield from found or [(slice(0, arguments[0].shape[2]), self._cpu(*arguments))]
+        except (Unavailable, IllegalDesign) as reason:
+            yield str(reason)
+
+    def _ready(self, arguments: Sequence[Any]) -> Any:
+        with self._lock:
+            if self._on_npu is None:
+                self._on_npu = REGIONS[self._op](self._device.engine, self._device.target, arguments)
+                if isinstance(self._device.engine, NpuEngine):
+                    self._device.calibrate(self._device.engine.tops)
+            return self._on_npu

@@ -102,7 +102,7 @@ class NumpyEngine:
         return arithmetic.gemm(a, weights.held)
 
     def attend(self, design: Attention, rows: Rows, keys: Keys) -> State:
-        return _collect(design, rows, keys, lambda chunk, part: _attend(design, _part(rows, chunk), keys, part))
+        return _collect(design, rows, keys, lambda chunk, part: _attend(design, rows.part(chunk), keys, part))
 
 
 class NpuEngine:
@@ -166,7 +166,9 @@ class NpuEngine:
         return out
 
     def attend(self, design: Attention, rows: Rows, keys: Keys) -> State:
-        packed = pack.key_blocks(design, keys).reshape(-1, design.buffer_bytes[1])
+        if keys.packed is None:
+            keys.packed = pack.key_blocks(design, keys)
+        packed = keys.packed.reshape(-1, design.buffer_bytes[1])
         states: dict[tuple[int, int], State] = {}
 
         def finish(raw: NDArray[np.uint8], chunk: slice, part: int) -> None:
@@ -174,7 +176,7 @@ class NpuEngine:
 
         with self.kernel(design) as kernel:
             for chunk, part in tiles(design, rows, keys):
-                inputs = [pack.query_blocks(design, _part(rows, chunk)), packed[part]]
+                inputs = [pack.query_blocks(design, rows.part(chunk)), packed[part]]
                 kernel.submit(inputs, lambda raw, chunk=chunk, part=part: finish(raw, chunk, part))
         return _collect(design, rows, keys, lambda chunk, part: states[chunk.start, part])
 
@@ -380,10 +382,6 @@ def test_case(design: Attention, rng: np.random.Generator) -> tuple[Rows, Keys]:
     )
     k, v = (rng.integers(-127, 128, (keys, d)).astype(np.int8) for _ in range(2))
     return rows, Keys(k, v, rng.integers(0, 4, design.blocks).astype(np.int32), design.keys)
-
-
-def _part(rows: Rows, chunk: slice) -> Rows:
-    return Rows(rows.q[chunk], rows.mult[chunk], rows.first[chunk], rows.last[chunk], rows.shift)
 
 
 def _cut(state: State, count: int) -> State:

@@ -12,7 +12,7 @@ Queries, keys and values are quantized per call:
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from unicorn_backend.runtime.npu import wanted
 from unicorn_backend.runtime.npu.arithmetic import Keys, Rows
 from unicorn_backend.runtime.npu.designs import MAX_KEYS, Attention, IllegalDesign
 from unicorn_backend.runtime.npu.engine import Engine, Weights
+from unicorn_backend.runtime.overlap import ranges
 
 MASK_FLOOR = -1e30  # a mask value at or below it means "no weight", as in the CPU's kernels
 FINER = 7  # most that a block's step is halved
@@ -99,16 +100,26 @@ class AttentionRegion:
 
     def run(self, arguments: Sequence[Any]) -> Tensor | None:
         """The op's result, or None where a row's keys are no range, or a value is not finite."""
+        found = self.parts(arguments, 1)
+        return None if found is None else next(found)[1]
+
+    def parts(self, arguments: Sequence[Any], count: int) -> Iterator[tuple[slice, Tensor]] | None:
+        """The same for `count` ranges of tokens; everything is quantized once, so the bits do not depend on them."""
         q, k, v, mask, causal, scale = arguments[:6]
         k, v = (torch.ops.unicorn.dequantize_rows(t, q.dtype) if t.dtype == torch.int8 else t for t in (k, v))
-        bo, _, post_w, post_eps, post_offset, residual = arguments[8:14]
         spans = key_spans(mask, causal, q.shape[0], q.shape[2], k.shape[2])
         if spans is None or not all(bool(torch.isfinite(t).all()) for t in (q, k, v)):
             return None
-        joined = attend(self._engine, self._design, q, k, v, spans, scale)
-        y = self._projection(self._engine, joined.flatten(0, 1)).view(q.shape[0], q.shape[2], self._n)
+        heads = quantized_heads(self._design, q, k, v, spans, scale)
+        return ((tokens, self._rows(arguments, heads, tokens)) for tokens in ranges(q.shape[2], count))
+
+    def _rows(self, arguments: Sequence[Any], heads: list[Head], tokens: slice) -> Tensor:
+        q, residual = arguments[0], arguments[13]
+        bo, _, post_w, post_eps, post_offset = arguments[8:13]
+        joined = attend(self._engine, self._design, q.shape, heads, tokens)
+        y = self._projection(self._engine, joined.flatten(0, 1)).view(*joined.shape[:2], self._n)
         y = normed(y if bo is None else y + bo.float(), post_w, post_eps, post_offset, torch.float32)
-        return (y if residual is None else y + residual.float()).to(q.dtype)
+        return (y if residual is None else y + residual[:, tokens].float()).to(q.dtype)
 
 
 def refusal(op: str, constants: dict[str, Any], schemes: Sequence[str]) -> str:
@@ -144,13 +155,25 @@ def key_spans(mask: Tensor | None, causal: bool, b: int, t: int, s: int) -> NDAr
     return torch.stack((first, last), -1).numpy()
 
 
-def attend(
-    engine: Engine, design: Attention, q: Tensor, k: Tensor, v: Tensor, spans: NDArray[np.int64], scale: float
-) -> Tensor:
-    """q [B, H, T, D], k and v [B, Hkv, S, D] -> fp32 [B, T, H * D]."""
+@dataclass
+class Head:
+    """What one K/V head of one sequence computes with: query rows are [T, H / Hkv], flat."""
+
+    batch: int
+    first: int  # of its query heads
+    group: int  # how many these are
+    rows: Rows
+    keys: Keys
+    v_step: Tensor  # fp32 [D]
+
+
+def quantized_heads(
+    design: Attention, q: Tensor, k: Tensor, v: Tensor, spans: NDArray[np.int64], scale: float
+) -> list[Head]:
+    """q [B, H, T, D], k and v [B, Hkv, S, D]."""
     b, h, t, d = q.shape
     hkv, group = k.shape[1], h // k.shape[1]
-    out = torch.zeros(b, t, h, d)
+    heads = []
     for i in range(b):
         seen = spans[i][spans[i, :, 0] < spans[i, :, 1]]
         if not len(seen):
@@ -162,9 +185,20 @@ def attend(
             keys, k_step, v_step = quantize_keys(design, k[i, j, low:high].float(), v[i, j, low:high].float())
             per_row = np.repeat(spans[i] - low, group, 0).clip(0, high - low)
             rows = quantize_queries(query, k_step * scale, per_row, FINER)
-            state = engine.attend(design, rows, keys)
-            values = torch.from_numpy(state.o / np.maximum(state.l, 1)[:, None]).float() * v_step
-            out[i, :, j * group : (j + 1) * group] = values.view(t, group, d)
+            heads.append(Head(i, j * group, group, rows, keys, v_step))
+    return heads
+
+
+def attend(engine: Engine, design: Attention, shape: Sequence[int], heads: list[Head], tokens: slice) -> Tensor:
+    """`tokens` of an attention whose q has `shape` [B, H, T, D] -> fp32 [B, t, H * D]."""
+    b, h, _, d = shape
+    count = tokens.stop - tokens.start
+    out = torch.zeros(b, count, h, d)
+    for head in heads:
+        rows = head.rows.part(slice(tokens.start * head.group, tokens.stop * head.group))
+        state = engine.attend(design, rows, head.keys)
+        values = torch.from_numpy(state.o / np.maximum(state.l, 1)[:, None]).float() * head.v_step
+        out[head.batch, :, head.first : head.first + head.group] = values.view(count, head.group, d)
     return out.flatten(2)
 
 

@@ -34,7 +34,7 @@ class VulkanDevice:
 
     def __init__(self, name: str, physical: PhysicalDevice, variant: str = "", placing: str = "") -> None:
         self.name, self.label, self.physical = name, physical.label, physical
-        self.software, self.least = physical.kind == "software", 1
+        self.software, self.least, self.chunk = physical.kind == "software", 1, 0
         chosen = variants.choose(physical.features)
         self.variant = next((v for v in variants.VARIANTS if v.name == variant), chosen)
         self.takes = ", ".join(f"{kind} ({', '.join(schemes)})" for kind, schemes in SCHEMES.items())
