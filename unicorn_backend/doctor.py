@@ -269,7 +269,12 @@ def check_npu() -> Check:
     if not Path("/sys/module/amdxdna").exists():
         return Check("npu", "warn", f"{chip}, driver amdxdna not loaded", "kernel 6.14 or newer: sudo modprobe amdxdna")
     nodes = glob.glob("/dev/accel/accel*")
-    if not nodes or not os.access(nodes[0], os.R_OK | os.W_OK):
+    if not nodes:
+        fix = (
+            "sudo dmesg | grep amdxdna says why; often its firmware is missing: install linux-firmware of 2025 or newer"
+        )
+        return Check("npu", "warn", f"{chip}, driver amdxdna loaded, but it did not bring the device up", fix)
+    if not os.access(nodes[0], os.R_OK | os.W_OK):
         return Check(
             "npu", "warn", f"{chip}, no access to /dev/accel/accel0", "sudo usermod -aG render $USER; log in again"
         )

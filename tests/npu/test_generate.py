@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ FAULTS: dict[str, tuple[dict[str, Any], str]] = {
     "time-out": ({"hang": True}, "no answer in 0.5 s"),
     "abort": ({"state": 6}, "state ABORT"),
     "error": ({"state": 5}, "state ERROR"),
-    "firmware": ({"no_firmware": True}, "No such device"),
-    "memlock": ({"memory_bytes": 8 << 10}, "ulimit -l"),
+    "firmware": ({"no_firmware": True}, "is its firmware installed?"),
+    "memlock": ({"memory_bytes": 8 << 20}, "ulimit -l"),
+    "buffers": ({"memory_bytes": emulator.HEAP_BYTES + (8 << 10)}, "ulimit -l"),
     "contexts": ({"contexts": 0}, "no hardware context is free"),
     "wrong sums": ({"corrupt": True}, "does not give the CPU's integers"),
 }
@@ -156,7 +158,7 @@ def test_faults_end_on_the_cpu(
     what, says = FAULTS[fault]
     want = cpu_tokens(make_short, on_cpu)
     monkeypatch.setattr(emulator, "faults", emulator.Faults(**what))
-    if fault != "firmware":
+    if fault not in ("firmware", "memlock"):  # of which opening the device dies
         device().engine.timeout_ms = 500
     with caplog.at_level(logging.WARNING):
         got, compiled = generate(make_short())
@@ -190,27 +192,49 @@ def test_a_kernel_for_another_k_never_serves(
     close_devices()
     want = cpu_tokens(make_short, on_cpu)
     got, compiled = generate(make_short())
-    assert steps(compiled)["qkv"] == {"cpu"}
+    (reason,) = {s.reason for s in unicorn_backend.explain(compiled).plans[0].steps if s.kind == "qkv"}
+    assert "does not give the CPU's integers on this machine: it must not serve" in reason
     assert torch.equal(got, want)
 
 
-def test_a_truncated_xclbin_never_serves(emulate: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The emulator would build it again; on hardware the reason stays. Here: what XRT says of such a file."""
-    from unicorn_backend.runtime.npu import artifacts, host_model, wanted
-    from unicorn_backend.runtime.npu.engine import Unavailable
+@pytest.mark.parametrize("registered", [False, True])
+def test_truncated_xclbins_end_on_the_cpu(
+    make_short: Callable[[], Any],
+    emulate: None,
+    kernels: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    on_cpu: dict[str, torch.Tensor],
+    registered: bool,
+) -> None:
+    """Found by their checksums, or by XRT where they were truncated before these were taken: the CPU's tokens."""
+    from unicorn_backend.runtime.npu import artifacts, wanted
 
-    made = host_model.build(wanted.attention("npu1", 64), tmp_path / artifacts.EMULATED)
-    whole = (made.folder / artifacts.XCLBIN).read_bytes()
-    (made.folder / artifacts.XCLBIN).write_bytes(whole[: len(whole) // 4])
+    want = cpu_tokens(make_short, on_cpu)
+    for design in (wanted.projection("npu1", 256, 512), wanted.attention("npu1", 64)):
+        device().engine.prepare(design)  # builds it, unless an earlier test did
+    shutil.copytree(kernels / artifacts.EMULATED, tmp_path / artifacts.EMULATED)
+    for path in (tmp_path / artifacts.EMULATED).glob(f"*/{artifacts.XCLBIN}"):
+        path.write_bytes(path.read_bytes()[:20])
+        if registered:
+            manifest = path.with_name(artifacts.MANIFEST)
+            text = json.loads(manifest.read_text())
+            text["files"][artifacts.XCLBIN] = artifacts._checksum(path)
+            manifest.write_text(json.dumps(text))
     monkeypatch.setenv("UNICORN_NPU_KERNELS", str(tmp_path))
-    monkeypatch.setattr(artifacts, "_checksum", lambda path: "same")  # as if it was truncated before it was registered
-    manifest = made.folder / artifacts.MANIFEST
-    text = json.loads(manifest.read_text())
-    manifest.write_text(json.dumps(text | {"files": dict.fromkeys(text["files"], "same")}))
+    close_devices()
     engine = device().engine
     assert isinstance(engine, NpuEngine)
-    with pytest.raises(Unavailable, match="damaged"):
-        engine.prepare(made.design)
+    engine._builds = False  # as on hardware
+    got, compiled = generate(make_short())
+    assert torch.equal(got, want)
+    reasons = {
+        s.kind: s.reason for s in unicorn_backend.explain(compiled).plans[0].steps if s.kind in ("qkv", "attention")
+    }
+    says = (
+        "the file is damaged: build the kernel again" if registered else "truncated or changed: build the kernel again"
+    )
+    assert len(reasons) == 2 and all(says in reason for reason in reasons.values()), reasons
 
 
 def test_the_memory_budget_is_kept(emulate: None) -> None:

@@ -282,7 +282,7 @@ int create_bo(CreateBo& a) {
       bo.device_address = kHeapBase;
     }
   }
-  if (a.type == kShared) driver.locked += bo.size;
+  if (a.type == kShared || a.type == kHeap) driver.locked += bo.size;
   a.handle = driver.next_bo++;
   driver.bos[a.handle] = bo;
   return 0;
@@ -291,7 +291,7 @@ int create_bo(CreateBo& a) {
 int close_bo(uint32_t handle) {
   const auto found = driver.bos.find(handle);
   if (found == driver.bos.end()) return fail(EINVAL);
-  if (found->second.type == kShared) driver.locked -= found->second.size;
+  if (found->second.type == kShared || found->second.type == kHeap) driver.locked -= found->second.size;
   if (found->second.type == kHeap) driver.heap = nullptr, driver.heap_size = driver.heap_used = 0;
   if (found->second.host) munmap(found->second.host, pages(found->second.size));
   driver.bos.erase(found);

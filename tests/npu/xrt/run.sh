@@ -75,6 +75,7 @@ for binding in pyxrt wrapper; do
   contract "FAKE_AFTER=5 FAKE_STATE=6" "$binding /artifacts midway-abort"
   contract FAKE_STATE=5 "$binding /artifacts error"
   contract FAKE_MEMORY=8388608 "$binding /artifacts memory"
+  contract FAKE_MEMORY=67200000 "$binding /artifacts buffers"
   contract FAKE_CONTEXTS=0 "$binding /artifacts contexts"
   contract FAKE_NO_FIRMWARE=1 "$binding /artifacts firmware"
   for fault in truncated damaged another-k; do contract "" "$binding /artifacts $fault"; done

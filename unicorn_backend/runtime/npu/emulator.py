@@ -24,6 +24,7 @@ from unicorn_backend.runtime.npu.artifacts import LIBRARY
 from unicorn_backend.runtime.npu.host_model import Launcher, aligned
 
 GROUPS = (131071, 65537, 131071, 65536, 65536, 65536)
+HEAP_BYTES = 64 << 20  # locked when the device is opened
 CONTEXTS = {"npu1": 6, "npu2": 16}
 
 
@@ -35,7 +36,7 @@ class Faults:
     state: int = 0  # commands end in this state without running
     after: int = 0  # commands that do well before they hang or fail
     contexts: int | None = None  # hardware contexts that are left
-    memory_bytes: int | None = None  # locked memory that is left
+    memory_bytes: int | None = None  # that may be locked
     no_firmware: bool = False  # the driver does not come up: no device
     corrupt: bool = False  # one bit of every result is wrong
 
@@ -84,7 +85,9 @@ class device:
             raise RuntimeError(f"No such device with index '{index}'")
         self._registered: dict[str, xclbin] = {}
         self._contexts = 0
-        self._locked = 0
+        self._locked = HEAP_BYTES
+        if faults.memory_bytes is not None and faults.memory_bytes < HEAP_BYTES:
+            raise RuntimeError("DRM_IOCTL_AMDXDNA_CREATE_BO IOCTL failed (err=-11): Resource temporarily unavailable")
 
     def register_xclbin(self, image: xclbin) -> uuid:
         self._registered[image.get_uuid().to_string()] = image

@@ -88,6 +88,7 @@ def explain(message: str) -> str:
         ("err=-11", "locked memory ran out: raise `ulimit -l` (docs/npu.md, memlock)"),
         ("err=11", "locked memory ran out: raise `ulimit -l` (docs/npu.md, memlock)"),
         ("CREATE_HWCTX", "no hardware context is free: another program holds them, or too many kernels are in use"),
+        ("No such device", "the driver did not come up: see `sudo dmesg | grep amdxdna`; is its firmware installed?"),
         ("Permission denied", "add yourself to the group `render`, and log in again"),
         *((mark, "the file is damaged: build the kernel again") for mark in DAMAGED),
     )
