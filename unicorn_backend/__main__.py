@@ -65,6 +65,9 @@ Temperature = Annotated[float, typer.Option("--temperature", "-t", min=0.0, help
 Speculate = Annotated[
     bool, typer.Option("--speculate", help="Check drafts of repeated text, several tokens per step; same output.")
 ]
+AssistantModel = Annotated[
+    str, typer.Option("--assistant", metavar="MODEL", help="A smaller model that drafts too; implies --speculate.")
+]
 Monitor = Annotated[bool, typer.Option("--monitor", help="A live line of tokens/s, GB/s and memory.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
@@ -95,21 +98,23 @@ def run(
     seed: Annotated[int, typer.Option(help="Seed of the sampling.")] = 0,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     speculate: Speculate = False,
+    assistant: AssistantModel = "",
     monitor: Monitor = False,
     as_json: AsJson = False,
 ) -> None:
     """Continue PROMPT; the text appears as it is generated, and at the end its speed (on stderr).
 
     Examples: `unicorn run "The film is a"`, `unicorn run --chat -m google/gemma-3-4b-it "What is a unicorn?"`,
-    `unicorn run --speculate - < letter.txt`, `unicorn run --device vulkan --policy power "The film is a"`
+    `unicorn run --speculate - < letter.txt`, `unicorn run --device vulkan --policy power "The film is a"`,
+    `unicorn run --chat -m google/gemma-3-27b-it --assistant google/gemma-3-1b-it "What is a unicorn?"`
     """
-    engine = Engine(model, _options(recipe, device, policy, kv))
+    engine = Engine(model, _options(recipe, device, policy, kv), assistant=assistant or None)
     text = sys.stdin.read() if prompt == "-" else prompt
     if chat:
         ids = engine.encode_rendered(engine.render([{"role": "user", "content": text}]))
     else:
         ids = engine.encode(text)
-    settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate)
+    settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate or bool(assistant))
     if chat:
         settings = engine.for_chat(settings)
     if as_json:
@@ -150,6 +155,7 @@ def chat_command(
     temperature: Temperature = 0.7,
     seed: Annotated[int | None, typer.Option(help="Seed of each answer; random without.")] = None,
     speculate: Speculate = False,
+    assistant: AssistantModel = "",
     monitor: Monitor = False,
 ) -> None:
     """Talk with a model in the terminal. /help lists the commands; Ctrl-C stops an answer.
@@ -159,8 +165,8 @@ def chat_command(
     Examples: `unicorn chat`, `unicorn chat -m google/gemma-3-4b-it --system "Answer in one sentence."`,
     `unicorn chat --device vulkan`
     """
-    engine = Engine(model, _options(recipe, device, policy, kv))
-    settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate)
+    engine = Engine(model, _options(recipe, device, policy, kv), assistant=assistant or None)
+    settings = Settings(max_new_tokens, temperature, seed=seed, speculate=speculate or bool(assistant))
     conversation = Conversation(engine, settings)
     conversation.system(system)
     console = Console(highlight=False)
@@ -185,6 +191,7 @@ def serve(
     max_tokens: Annotated[int, typer.Option(min=1, help="Of an answer whose request names no limit.")] = 1024,
     prefix_mb: Annotated[int, typer.Option(min=0, help="Keys and values kept between requests.")] = 1024,
     speculate: Speculate = False,
+    assistant: AssistantModel = "",
     monitor: Monitor = False,
 ) -> None:
     """Serve a model with the OpenAI API: chat completions, completions, models; /metrics, /health and a stats page.
@@ -198,9 +205,12 @@ def serve(
         from unicorn_backend.server import run as server
     except ModuleNotFoundError as error:
         raise OptionError(f"serve needs {error.name}: pip install 'unicorn-backend[serve]'") from error
-    engine = Engine(model, _options(recipe, device, policy, kv), prefix_bytes=prefix_mb << 20)
+    options = _options(recipe, device, policy, kv)
+    engine = Engine(model, options, prefix_bytes=prefix_mb << 20, assistant=assistant or None)
     limits = server.Limits(queue, per_client, max_body, max_tokens)
-    server.serve(engine, host, port, limits, api_key or environment_api_key(), speculate, name, monitor)
+    server.serve(
+        engine, host, port, limits, api_key or environment_api_key(), speculate or bool(assistant), name, monitor
+    )
 
 
 @app.command()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unicorn_backend.generation.assistant import AssistedDrafter
 from unicorn_backend.generation.drafting import Drafter
 from unicorn_backend.generation.prefix import cut
 
@@ -33,7 +34,7 @@ class Loop:
 
     on_token: OnToken
     generator: torch.Generator | None = None
-    drafter: Drafter | None = None
+    drafter: Drafter | AssistedDrafter | None = None
     start: float = field(default_factory=time.perf_counter)
     token_times: list[float] = field(default_factory=list)  # seconds after `start`
     calls: int = 0  # of the model, the prompt's included
@@ -59,10 +60,10 @@ class Loop:
             self.drafter.extend(input_ids[0].tolist())
         done = False
         while not done:
-            begin = time.perf_counter()
             known = cache.get_seq_length()
             room = generation_config.max_length - length - 1
             draft = self.drafter.propose(room) if self.drafter is not None and known == length - 1 else []
+            begin = time.perf_counter()
             if draft:
                 ids[0, length : length + len(draft)] = torch.tensor(draft)
             logits = self._call(model, ids[:, : length + len(draft)], known, len(draft), model_kwargs)
@@ -85,6 +86,8 @@ class Loop:
             cut(cache, len(draft) - accepted)
             if self.drafter is not None and self.calls > 1:
                 self.drafter.took(len(draft) + 1, time.perf_counter() - begin)
+        if self.drafter is not None:
+            self.drafter.finish()
         return ids[:, :length]
 
     def _call(self, model: Any, ids: Tensor, known: int, drafted: int, model_kwargs: dict[str, Any]) -> Tensor:

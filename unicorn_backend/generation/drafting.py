@@ -99,6 +99,9 @@ class Drafter:
     def took(self, tokens: int, seconds: float) -> None:
         self.costs.took(tokens, seconds)
 
+    def finish(self) -> None:
+        """The sequence is over; nothing of it is kept."""
+
 
 class Costs:
     """Measured time of one call with M tokens, relative to M = 1. Shared by all requests of a model."""
@@ -123,6 +126,10 @@ class Costs:
             for other in self._seconds.keys() - {1}:
                 target = self._prior(other) * self._seconds[1]
                 self._seconds[other] += 0.01 * min(target - self._seconds[other], 0.0)
+
+    def seconds(self, tokens: int) -> float | None:
+        """Of a call with so many tokens, if measured."""
+        return self._seconds.get(tokens)
 
     def relative(self, tokens: int) -> float:
         """Cost of M tokens over that of one: measured, else by the slope of the nearest measured M, else the prior."""

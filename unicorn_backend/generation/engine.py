@@ -13,6 +13,7 @@ import torch
 
 from unicorn_backend import models
 from unicorn_backend.errors import OptionError, RequestError
+from unicorn_backend.generation.assistant import Assistant, AssistedDrafter
 from unicorn_backend.generation.decode import Loop
 from unicorn_backend.generation.drafting import Costs, Drafter
 from unicorn_backend.generation.meter import Meter
@@ -113,10 +114,12 @@ class Engine:
         model: Any = None,
         tokenizer: Any = None,
         prefix_bytes: int = 1 << 30,
+        assistant: str | Path | Assistant | None = None,
     ) -> None:
         """name: folder, hub id, or a name of `unicorn_backend.models`; model, tokenizer: already loaded ones.
 
         options: of `torch.compile(..., options=)` (`options.py`). A wrong one raises before anything is loaded.
+        assistant: a smaller model of the same vocabulary, which drafts tokens for settings with `speculate`.
         """
         Options.parse(options)
         self.name = str(name)
@@ -127,6 +130,9 @@ class Engine:
         self.config = original.config.get_text_config()
         self.context: int = getattr(self.config, "max_position_embeddings", None) or 1 << 30
         self.prefixes = PrefixStore(self.model, prefix_bytes)
+        if assistant is not None and not isinstance(assistant, Assistant):
+            assistant = Assistant(assistant, options, self.tokenizer, prefix_bytes=prefix_bytes)
+        self.assistant = assistant
         self._costs = Costs()
         self._lock = threading.Lock()
         self._meter: Meter | None = None
@@ -173,6 +179,9 @@ class Engine:
         self.generate([*ids, *ids], settings)  # a prompt on a cache that is not empty
         if speculate:
             self.generate(ids * 3, Settings(max_new_tokens=12, ignore_eos=True, speculate=True))
+            if self.assistant is not None:
+                self.assistant.warm_up(ids)
+                self.assistant.prefixes.clear()
         self.prefixes.clear()
         return time.perf_counter() - start
 
@@ -265,7 +274,7 @@ class Engine:
             return bool(stopped)
 
         compiling = _Compiling(self.original)
-        loop = Loop(on_token, _generator(settings), Drafter(costs=self._costs) if settings.speculate else None)
+        loop = Loop(on_token, _generator(settings), self._drafter(settings))
         limit = min(settings.max_new_tokens, self.context - len(ids))
         sequence = self.model.generate(
             torch.tensor([ids]),
@@ -297,6 +306,12 @@ class Engine:
             compile_s=compiling.seconds,
             logprobs=logprobs,
         )
+
+    def _drafter(self, settings: Settings) -> Drafter | AssistedDrafter | None:
+        if not settings.speculate:
+            return None
+        lookup = Drafter(costs=self._costs)
+        return AssistedDrafter(self.assistant, lookup, self.config.vocab_size) if self.assistant else lookup
 
     def _config(self, settings: Settings, limit: int) -> Any:
         from transformers import GenerationConfig
