@@ -96,8 +96,8 @@ struct Slice {
 Slice slice_of(const Query& q, unsigned row, int32 base) {
   Slice s;
   for (unsigned i = 0; i < 4; ++i) {
-    const int16 lo = int16(clamp(q.first[row + i] - base, 0, kKeys));
-    const int16 hi = int16(clamp(q.last[row + i] - base, 0, kKeys));
+    const int16 lo = int16(clamp(q.first[row + i], base, base + kKeys) - base);  // first - base may not fit an int32
+    const int16 hi = int16(clamp(q.last[row + i], base, base + kKeys) - base);
     for (unsigned c = 0; c < 8; ++c) {
       s.mult[i * 8 + c] = q.mult[row + i];
       s.lo[i * 8 + c] = lo;

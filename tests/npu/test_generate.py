@@ -17,7 +17,7 @@ import unicorn_backend
 from unicorn_backend.runtime import close_devices, open_device
 from unicorn_backend.runtime.npu import emulator
 from unicorn_backend.runtime.npu.device import NpuDevice
-from unicorn_backend.runtime.npu.engine import NpuEngine, NumpyEngine
+from unicorn_backend.runtime.npu.engine import CHAIN, NpuEngine, NumpyEngine
 
 PROMPT, NEW = 40, 10
 
@@ -91,12 +91,17 @@ def steps(compiled: Any) -> dict[str, set[str]]:
     return found
 
 
-def test_generate_on_the_emulated_npu(make_tiny: Callable[[], Any], emulate: None) -> None:
+def test_generate_on_the_emulated_npu(
+    make_tiny: Callable[[], Any], emulate: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Tokens equal those of the same integer arithmetic in NumPy; every attention region went through launches."""
+    monkeypatch.setattr("unicorn_backend.runtime.npu.device._said", left := set[tuple[str, str]]())
     tokens, compiled = generate(make_tiny())
+    assert not left, "calls that ran on the CPU"
     engine = device().engine
     assert isinstance(engine, NpuEngine)
-    assert engine.launches >= 6 * (1 + 2 + 1)  # layers: projections in, two K/V heads, projection out
+    tests = CHAIN * len(engine._kernels)
+    assert engine.launches == tests + 6 * (1 + 2 + 1)  # layers: projections in, two K/V heads, projection out
     assert steps(compiled)["attention"] == steps(compiled)["qkv"] == {"npu (emulated)"}
     assert steps(compiled)["ffn"] == {"cpu"}
     text = str(unicorn_backend.explain(compiled))

@@ -22,6 +22,7 @@ from unicorn_backend.runtime.overlap import Part
 
 log = logging.getLogger(__name__)
 
+_said: set[tuple[str, str]] = set()
 REGIONS: dict[str, Any] = {"int8_qkv": QkvRegion, "int8_attention": AttentionRegion}
 LEAST = 32  # tokens: its kernels compute 128 rows at a time, decode is left to the CPU
 CHUNK = 128  # rows of one product; its attention fills 256 rows per head, so two query heads per K/V head fill a launch
@@ -114,15 +115,24 @@ class _Region:
             result = self._ready(arguments).run(arguments)
         except (Unavailable, IllegalDesign) as reason:
             return str(reason)
-        return self._cpu(*arguments) if result is None else result
+        return self._on_cpu(result, arguments) if isinstance(result, str) else result
 
     def parts(self, arguments: Sequence[Any], count: int) -> Iterator[Part]:
         """Of an attention."""
         try:
             found = self._ready(arguments).parts(arguments, count)
-            yield from found or [(slice(0, arguments[0].shape[2]), self._cpu(*arguments))]
+            if isinstance(found, str):
+                found = iter([(slice(0, arguments[0].shape[2]), self._on_cpu(found, arguments))])
+            yield from found
         except (Unavailable, IllegalDesign) as reason:
             yield str(reason)
+
+    def _on_cpu(self, reason: str, arguments: Sequence[Any]) -> Any:
+        """This call, not the next one: said once per reason."""
+        said = (self._op, reason)
+        log.log(logging.DEBUG if said in _said else logging.WARNING, "a call of %s runs on the cpu: %s", *said)
+        _said.add(said)
+        return self._cpu(*arguments)
 
     def _ready(self, arguments: Sequence[Any]) -> Any:
         with self._lock:

@@ -29,7 +29,9 @@ from unicorn_backend.runtime.npu.designs import MAX_KEYS, Attention, IllegalDesi
 from unicorn_backend.runtime.npu.engine import Engine, Weights
 from unicorn_backend.runtime.overlap import ranges
 
+NOT_FINITE = "a value is not finite"
 MASK_FLOOR = -1e30  # a mask value at or below it means "no weight", as in the CPU's kernels
+NOISE = 0.25  # nats of a logit's standard deviation: above it a result is off by more than some 5 %
 FINER = 7  # most that a block's step is halved
 LOGIT_UNIT = 256 * math.log2(math.e)  # Q8, log2
 
@@ -67,13 +69,13 @@ class QkvRegion:
         self._sizes = [heads * dim, kv_heads * dim, kv_heads * dim]
         self._projection = Projection.of(engine, target, (wq, wk, wv), self._sizes, x.shape[-1])
 
-    def run(self, arguments: Sequence[Any]) -> tuple[Tensor, ...] | None:
-        """The op's result, or None if a value is not finite."""
+    def run(self, arguments: Sequence[Any]) -> tuple[Tensor, ...] | str:
+        """The op's result, or why these values are the CPU's."""
         x, norm_w, norm_eps, norm_offset = arguments[:4]
         bias, q_norm_w, k_norm_w, eps, offset, cos, sin, _, _, dim, interleaved, v_norm = arguments[7:19]
         h = normed(x.float(), norm_w, norm_eps, norm_offset, torch.float32).reshape(-1, x.shape[-1])
         if not torch.isfinite(h).all():
-            return None
+            return NOT_FINITE
         y = self._projection(self._engine, h).view(*x.shape[:2], -1)
         out = []
         for i, part in enumerate(y.split(self._sizes, -1)):
@@ -98,19 +100,23 @@ class AttentionRegion:
         engine.prepare(self._design)
         self._projection = Projection.of(engine, target, (wo,), (n,), q.shape[1] * q.shape[3])
 
-    def run(self, arguments: Sequence[Any]) -> Tensor | None:
-        """The op's result, or None where a row's keys are no range, or a value is not finite."""
+    def run(self, arguments: Sequence[Any]) -> Tensor | str:
+        """The op's result, or why these values are the CPU's."""
         found = self.parts(arguments, 1)
-        return None if found is None else next(found)[1]
+        return found if isinstance(found, str) else next(found)[1]
 
-    def parts(self, arguments: Sequence[Any], count: int) -> Iterator[tuple[slice, Tensor]] | None:
+    def parts(self, arguments: Sequence[Any], count: int) -> Iterator[tuple[slice, Tensor]] | str:
         """The same for `count` ranges of tokens; everything is quantized once, so the bits do not depend on them."""
         q, k, v, mask, causal, scale = arguments[:6]
         k, v = (torch.ops.unicorn.dequantize_rows(t, q.dtype) if t.dtype == torch.int8 else t for t in (k, v))
         spans = key_spans(mask, causal, q.shape[0], q.shape[2], k.shape[2])
-        if spans is None or not all(bool(torch.isfinite(t).all()) for t in (q, k, v)):
-            return None
+        if spans is None:
+            return "its mask adds to logits, or lets a query see keys that are no range"
+        if not all(bool(torch.isfinite(t).all()) for t in (q, k, v)):
+            return NOT_FINITE
         heads = quantized_heads(self._design, q, k, v, spans, scale)
+        if heads is None:
+            return "int8 queries and keys would be too coarse for logits as large as these"
         return ((tokens, self._rows(arguments, heads, tokens)) for tokens in ranges(q.shape[2], count))
 
     def _rows(self, arguments: Sequence[Any], heads: list[Head], tokens: slice) -> Tensor:
@@ -169,8 +175,10 @@ class Head:
 
 def quantized_heads(
     design: Attention, q: Tensor, k: Tensor, v: Tensor, spans: NDArray[np.int64], scale: float
-) -> list[Head]:
-    """q [B, H, T, D], k and v [B, Hkv, S, D]."""
+) -> list[Head] | None:
+    """q [B, H, T, D], k and v [B, Hkv, S, D]; None where int8 would leave too little of the logits (`NOISE`)."""
+    if scale < 0:
+        q, scale = -q, -scale
     b, h, t, d = q.shape
     hkv, group = k.shape[1], h // k.shape[1]
     heads = []
@@ -182,6 +190,8 @@ def quantized_heads(
         high = int(seen[:, 1].max())
         for j in range(hkv):
             query = q[i, j * group : (j + 1) * group].float().transpose(0, 1).reshape(t * group, d)
+            if logit_noise(query, k[i, j, low:high].float(), scale) > NOISE:
+                return None
             keys, k_step, v_step = quantize_keys(design, k[i, j, low:high].float(), v[i, j, low:high].float())
             per_row = np.repeat(spans[i] - low, group, 0).clip(0, high - low)
             rows = quantize_queries(query, k_step * scale, per_row, FINER)
@@ -200,6 +210,13 @@ def attend(engine: Engine, design: Attention, shape: Sequence[int], heads: list[
         values = torch.from_numpy(state.o / np.maximum(state.l, 1)[:, None]).float() * head.v_step
         out[head.batch, :, head.first : head.first + head.group] = values.view(count, head.group, d)
     return out.flatten(2)
+
+
+def logit_noise(q: Tensor, k: Tensor, scale: float) -> float:
+    """Standard deviation that int8 steps add to the logits of the worst row, in nats. q [R, D], k [S, D] fp32."""
+    k = k - k.mean(0)
+    steps = torch.stack((k.abs().max() * q.norm(dim=1).max(), q.abs().max() * k.norm(dim=1).max())) / 127.0
+    return float(scale * steps.double().norm() / math.sqrt(12.0))
 
 
 def quantize_queries(q: Tensor, k_scale: float, spans: NDArray[np.int64], finer: int) -> Rows:
