@@ -7,12 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import unicorn_backend
-from unicorn_backend.errors import QuantizationError
+from unicorn_backend.errors import CheckpointError, QuantizationError
 from unicorn_backend.layouts import dequantize
+from unicorn_backend.quantize import stream
 from unicorn_backend.quantize.experts import StackedExperts
+from unicorn_backend.quantize.verify import verify
 
 SIZES = {
     "hidden_size": 64,
@@ -28,12 +32,12 @@ SIZES = {
 }
 
 
-def make(model_type: str) -> Any:
+def make(model_type: str, **extra: Any) -> Any:
     """gpt_oss: transposed weights, biases, gate and up interleaved, a gate of its own."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **SIZES, pad_token_id=0, eos_token_id=1)
+    config = AutoConfig.for_model(model_type, **{**SIZES, **extra}, pad_token_id=0, eos_token_id=1)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -68,17 +72,62 @@ def test_packed_experts_compute_what_the_float_ones_do(model_type: str) -> None:
     assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
 
 
-def test_a_packed_checkpoint_with_experts_loads(tmp_path: Path) -> None:
+GEMMA4 = {
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": 128,
+    "hidden_size_per_layer_input": 0,
+    "num_hidden_layers": 2,
+    "num_experts": 4,
+    "top_k_experts": 2,
+    "enable_moe_block": True,
+    "num_kv_shared_layers": 0,
+}
+
+
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gemma4_text"])
+def test_a_packed_checkpoint_with_experts_loads(model_type: str, tmp_path: Path) -> None:
+    """Quantized in memory and saved, or from disk to disk in blocks that end within an expert: the same bytes.
+
+    The first two are stored expert by expert, Mixtral's also under other names; Gemma 4's as 3-D tensors.
+    """
     from transformers import AutoModelForCausalLM
 
-    model = unicorn_backend.quantize(make("qwen3_moe"))
+    extra = GEMMA4 if model_type == "gemma4_text" else {}
+    make(model_type, **extra).bfloat16().save_pretrained(tmp_path / "float")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype="auto").eval()
+    unicorn_backend.quantize(model).save_pretrained(tmp_path / "saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "BLOCK_BYTES", 48 * 64 * 2)
+        result = stream.quantize_checkpoint(tmp_path / "float", tmp_path / "streamed")
+    schemes = {row["scheme"] for row in result["weights"] if ".experts." in row["name"]}
+    assert schemes == {"w4g32"} and verify(tmp_path / "streamed", progress=False) == []
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         want = model(ids).logits
-        model.save_pretrained(tmp_path)
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-        assert isinstance(experts_of(loaded), StackedExperts)
-        assert torch.equal(loaded(ids).logits, want)
+        for name in ("saved", "streamed"):
+            loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
+            assert isinstance(experts_of(loaded), StackedExperts)
+            assert torch.equal(loaded(ids).logits, want)
+
+
+def test_experts_that_cannot_be_stacked_are_copied(tmp_path: Path) -> None:
+    """Transposed ones, and for formats that hold experts one by one. Experts that are not all there are an error."""
+    from transformers import AutoModelForCausalLM
+
+    make("gpt_oss").save_pretrained(tmp_path / "float")
+    stream.quantize_checkpoint(tmp_path / "float", tmp_path / "out")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert torch.equal(experts_of(loaded).down_proj, experts_of(make("gpt_oss")).down_proj)
+    make("qwen3_moe").save_pretrained(tmp_path / "qwen")
+    stream.quantize_checkpoint(tmp_path / "qwen", tmp_path / "vllm", format="compressed-tensors")
+    names = safe_open(tmp_path / "vllm" / "model.safetensors", "pt").keys()
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in names
+    tensors = load_file(tmp_path / "qwen" / "model.safetensors")
+    del tensors["model.layers.0.mlp.experts.2.up_proj.weight"]
+    save_file(tensors, tmp_path / "qwen" / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.gate_up_proj have 224 of 256 rows"):
+        stream.quantize_checkpoint(tmp_path / "qwen", tmp_path / "damaged")
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_bad_value_changes_nothing() -> None:

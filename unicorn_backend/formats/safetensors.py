@@ -101,6 +101,26 @@ class StoredTensor:
         raise TypeError(f"{self.file}: tensor {self.name!r} is not stored quantized")
 
 
+@dataclass(frozen=True)
+class StackedTensor(StoredTensor):
+    """A matrix [N, K] whose rows are those of `parts` one under another: matrices, or 3-D tensors of matrices."""
+
+    parts: tuple[StoredTensor, ...] = ()
+
+    def rows(self, first: int, last: int) -> Tensor:
+        k, at, found = self.shape[1], 0, []
+        for part in self.parts:
+            count = part.numel // k
+            begin, end = max(first - at, 0), min(last - at, count)
+            if begin < end:
+                found.append(part.read(begin * k, end * k).view(-1, k))
+            at += count
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        raise TypeError(f"{self.name!r} consists of {len(self.parts)} stored tensors: it is read by rows")
+
+
 def read_exactly(path: Path, offset: int, into: Tensor, name: str) -> None:
     """Fill the uint8 tensor `into` from the file. CheckpointError if the file ends before."""
     buffer = as_bytes(into)

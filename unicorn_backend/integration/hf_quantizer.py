@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.core_model_loading import apply_renamings
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,6 +29,7 @@ from unicorn_backend.quantize import experts, rewrite
 from unicorn_backend.quantize.memory import MappedFiles
 from unicorn_backend.quantize.modules import QuantEmbedding, QuantLinear, pack_module
 from unicorn_backend.quantize.recipe import Recipe
+from unicorn_backend.quantize.skeleton import conversions
 
 METHOD = "unicorn"
 
@@ -96,7 +98,8 @@ class UnicornQuantizer(HfQuantizer):
     ) -> None:
         self.quantization_config.recipe = self.recipe.fitted(model)
         stored = check_files(checkpoint_files or []) if self.pre_quantized else {}
-        packed = {name.removesuffix(".weight_packed") for name in stored}
+        renamings = conversions(model)[0]  # a Mixtral's experts are in the file under another name
+        packed = {apply_renamings(name, renamings).removesuffix(".weight_packed") for name in stored}
         for module in experts.find_experts(model, lambda name, _: self.recipe.name if name in packed else None):
             experts.stack(module)
         self._jobs, _left = rewrite.plan(model, self.recipe, getattr(model, "all_tied_weights_keys", None))

@@ -63,6 +63,17 @@ def stack(module: nn.Module) -> None:
     module._is_hf_initialized = True  # type: ignore[assignment]  # else loading initialises weights it no longer has
 
 
+def stacked_shapes(module: nn.Module) -> list[tuple[str, str, tuple[int, int]]]:
+    """(parameter, linear that `stack` makes of it, that linear's shape) of both weights."""
+    linears = [(name, _stacked(module, name)) for name in _names(module)]
+    return [(name, _child(name), (linear.out_features, linear.in_features)) for name, linear in linears]
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """True where the experts' weights are held as [E, K, N]."""
+    return bool(vars(module)["is_transposed"])
+
+
 def unstack(module: StackedExperts) -> None:
     """Inverse of `stack`, once the linears are float again."""
     own: Any = module

@@ -84,7 +84,8 @@ def _notes(source: Source, weights: list[dict[str, Any]]) -> list[str]:
     changed = Counter(
         (source.tensors[row["name"]].type_name, row["scheme"])
         for row in weights
-        if row["scheme"] != FLOAT and not row["exact"] and source.tensors[row["name"]].type_name
+        if row["scheme"] != FLOAT and not row["exact"]
+        if row["name"] in source.tensors and source.tensors[row["name"]].type_name  # experts: float ones are stacked
     )
     return [
         f"{count} weights stored as {stored} were dequantized and quantized again to {scheme}"

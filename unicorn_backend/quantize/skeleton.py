@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import math
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
+    Concatenate,
+    MergeModulelist,
     WeightConverter,
     WeightRenaming,
     build_glob_alternation,
@@ -25,18 +29,25 @@ from transformers.core_model_loading import (
 )
 
 from unicorn_backend.errors import CheckpointError
-from unicorn_backend.quantize import rewrite
+from unicorn_backend.formats.safetensors import StackedTensor, StoredTensor
+from unicorn_backend.quantize import experts, rewrite
 from unicorn_backend.quantize.recipe import Recipe
+
+Conversions = tuple[list[WeightRenaming], list[WeightConverter]]
 
 
 @dataclass
 class Skeleton:
-    """The model on meta. `schemes`: parameter name -> scheme; `left`: module name -> why it stays float."""
+    """The model on meta. `schemes`: parameter name -> scheme; `left`: module name -> why it stays float.
+
+    stacks: weights of experts that are packed, each made of several stored tensors, by parameter name.
+    """
 
     model: Any
     recipe: Recipe
     schemes: dict[str, str]
     left: dict[str, str]
+    stacks: dict[str, StackedTensor] = field(default_factory=dict)
 
     @functools.cached_property
     def state(self) -> dict[str, torch.Tensor]:
@@ -44,11 +55,8 @@ class Skeleton:
         return dict(self.model.state_dict())
 
     @functools.cached_property
-    def _conversions(self) -> tuple[list[WeightRenaming], list[WeightConverter]]:
-        """What transformers renames and what it merges while it loads this model."""
-        steps = get_model_conversion_mapping(self.model)
-        renamings = [step for step in steps if isinstance(step, WeightRenaming)]
-        return renamings, [step for step in steps if isinstance(step, WeightConverter)]
+    def _conversions(self) -> Conversions:
+        return conversions(self.model)
 
     def parameter_of(self, key: str) -> str | None:
         """Name in the model of a stored tensor; None if the model does not use it as it is stored.
@@ -93,17 +101,92 @@ def skeleton(
     recipe: str | Recipe,
     rules: rewrite.Rules | None,
     kept: Mapping[str, str] | None = None,
+    tensors: Mapping[str, StoredTensor] | None = None,
 ) -> Skeleton:
     """The model of a config, on meta, with its decided schemes.
 
     kept: {module name: scheme that holds the stored values}; asked after `rules` and before the recipe.
+    tensors: the checkpoint's; experts whose weights are made of them are packed, others stay as they are.
     """
     model = empty_model(config, dtype)
     exact = {f"^{re.escape(name)}$": scheme for name, scheme in (kept or {}).items()}
     chosen = rewrite.resolve(model, Recipe.named(recipe).with_overrides(exact), rules)
+    stacks = _stack_experts(model, chosen, tensors) if tensors is not None else {}
     jobs, left = rewrite.plan(model, chosen, getattr(model, "all_tied_weights_keys", None))
     schemes = {f"{name}.weight": job.scheme for job in jobs for name, _ in job.users}
-    return Skeleton(model, chosen, schemes, left)
+    return Skeleton(model, chosen, schemes, left, stacks)
+
+
+def conversions(model: Any) -> Conversions:
+    """What transformers renames and what it merges while it loads a model."""
+    steps = get_model_conversion_mapping(model)
+    renamings = [step for step in steps if isinstance(step, WeightRenaming)]
+    return renamings, [step for step in steps if isinstance(step, WeightConverter)]
+
+
+def _stack_experts(model: Any, recipe: Recipe, tensors: Mapping[str, StoredTensor]) -> dict[str, StackedTensor]:
+    """Bring the experts of `model` that can be packed from these tensors into the form of a packed model."""
+    found = experts.find_experts(model, recipe.scheme_for)
+    parts = _expert_parts(model, tensors) if found else {}
+    paths = {module: path for path, module in model.named_modules()}
+    stacks: dict[str, StackedTensor] = {}
+    for module in found:
+        made = {}
+        for name, linear, shape in experts.stacked_shapes(module):
+            stored = parts.get(f"{paths[module]}.{name}", [])
+            if experts.is_transposed(module) or not _are_rows(stored, shape[1]):
+                break
+            if (rows := sum(math.prod(part.shape[:-1]) for part in stored)) != shape[0]:
+                raise CheckpointError(
+                    f"{stored[0].file.parent}: the experts of {paths[module]}.{name} have {rows} of {shape[0]} rows: "
+                    "is a shard missing, or does config.json belong to another model?"
+                )
+            weight = f"{paths[module]}.{linear}.weight"
+            made[weight] = StackedTensor(weight, stored[0].dtype, shape, stored[0].file, 0, tuple(stored))
+        else:
+            experts.stack(module)
+            stacks |= made
+    return stacks
+
+
+def _expert_parts(model: Any, tensors: Mapping[str, StoredTensor]) -> dict[str, list[StoredTensor]]:
+    """Parameter of experts -> the stored tensors that it is made of, in the order of its rows.
+
+    One 3-D tensor, or matrices that transformers merges: each expert's, those of a list under one another.
+    """
+    steps = conversions(model)
+    state = dict(model.state_dict())
+    order: dict[str, tuple[int, WeightConverter]] = {}
+    for converter in steps[1]:
+        order |= {pattern: (i, converter) for i, pattern in enumerate(converter.source_patterns)}
+    found: dict[str, dict[tuple[int, int], StoredTensor]] = defaultdict(dict)
+    for key, stored in tensors.items():
+        name, pattern = rename_source_key(key, *steps, model.base_model_prefix, state)
+        if pattern is None and len(stored.shape) == 3:
+            found[name][0, 0] = stored
+        elif pattern is not None and _merges_rows(order[pattern][1]):
+            number = re.search(r"\.experts\.(\d+)\.", key)
+            if number is not None:
+                found[name][int(number[1]), order[pattern][0]] = stored
+    return {name: [stored for _, stored in sorted(parts.items())] for name, parts in found.items()}
+
+
+def _merges_rows(converter: WeightConverter) -> bool:
+    """True where experts become the first dimension and several matrices of one are put under another."""
+    steps = [
+        (type(step), step.dim) for step in converter.operations if isinstance(step, (MergeModulelist, Concatenate))
+    ]
+    known = [(MergeModulelist, 0)] + [(Concatenate, 1)] * (len(converter.source_patterns) > 1)
+    return len(steps) == len(converter.operations) and steps == known
+
+
+def _are_rows(parts: list[StoredTensor], k: int) -> bool:
+    """True if these are float rows of `k` columns, all of one dtype."""
+    return (
+        bool(parts)
+        and all(part.shape[-1] == k and part.scheme is None and not part.type_name for part in parts)
+        and len({part.dtype for part in parts}) == 1
+    )
 
 
 def empty_model(config: Any, dtype: torch.dtype) -> Any:

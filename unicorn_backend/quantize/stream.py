@@ -132,7 +132,9 @@ def quantize_checkpoint(
     start = time.perf_counter()
     ensure_kernels()
     source = open_source(src)
-    model = skeleton(source.config, source.dtype, recipe, rules, kept=source.kept_schemes())
+    # The other formats know experts one by one only, as they are stored.
+    tensors = source.tensors if format == Unicorn.name else None
+    model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
     target = _target(format, source, model)
     pieces = plan_pieces(source, model)
     notes: tuple[str, ...] = ()
@@ -173,7 +175,14 @@ def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
     """What becomes of every stored tensor. CheckpointError if one is missing, double, or of a wrong shape."""
     owners: dict[str, StoredTensor] = {}
     pieces: list[Piece] = []
+    stacked = {part.name: stack for stack in model.stacks.values() for part in stack.parts}
     for stored in source.tensors.values():
+        if stored.name in stacked:  # with the others of its stack, where the first of them is
+            if (stack := stacked[stored.name]).name not in owners:
+                owners[stack.name] = stack
+                _check_shape(stack, stack.name, model)
+                pieces.append(_packed(stack, model.dtype_of(stack.name), model.schemes[stack.name]))
+            continue
         name = model.parameter_of(stored.name)
         if name is None:
             if model.is_merged(stored.name):
@@ -190,7 +199,8 @@ def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
         else:
             reason = model.left.get(name.rpartition(".")[0], "") if name.endswith(".weight") else ""
             pieces.append(_copy(stored, model.dtype_of(name), reason))
-    if absent := model.missing(owners) if not any(model.is_merged(name) for name in source.tensors) else []:
+    merged = any(model.is_merged(name) for name in source.tensors.keys() - stacked.keys())
+    if absent := [] if merged else model.missing(owners):
         raise CheckpointError(
             f"{source.place}: no tensor for {absent[0]} ({len(absent)} missing): is a shard missing, "
             "or does config.json belong to another model?"
