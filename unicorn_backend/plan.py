@@ -65,6 +65,7 @@ class Plan:
     left: list[Left] = field(default_factory=list)
     torch_ops: dict[str, int] = field(default_factory=dict)  # plain torch ops that remain, by name
     note: str = ""  # why nothing was taken, if so
+    order: list[int] = field(default_factory=list)  # of the steps' results, where it is not that of the steps
     measured: list[Measured] = field(default_factory=list)  # what `timed` saw last
 
     @property

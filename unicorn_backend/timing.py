@@ -67,8 +67,7 @@ def assign(plans: Sequence[Plan], events: Sequence[Event]) -> None:
         if plan is None:
             at += 1  # an op that was called outside of these graphs
             continue
-        for index in range(len(plan.steps)):
-            event = events[at + index]
+        for event, index in zip(events[at:], plan.order or range(len(plan.steps)), strict=False):
             times[plan.graph][index, event.tokens].append((event.us, event.keys))
         at += len(plan.steps)
     for plan in plans:
@@ -85,12 +84,9 @@ def assign(plans: Sequence[Plan], events: Sequence[Event]) -> None:
 
 
 def _starts(plan: Plan, events: Sequence[Event], at: int) -> bool:
-    part = events[at : at + len(plan.steps)]
-    if (
-        not plan.steps
-        or len(part) < len(plan.steps)
-        or any(s.op != e.op for s, e in zip(plan.steps, part, strict=True))
-    ):
+    steps = [plan.steps[index] for index in plan.order] or plan.steps
+    part = events[at : at + len(steps)]
+    if not steps or len(part) < len(steps) or any(s.op != e.op for s, e in zip(steps, part, strict=True)):
         return False
     first = part[0].tokens
     return str(first) == plan.tokens if plan.tokens.isdigit() else first > 1
@@ -98,7 +94,7 @@ def _starts(plan: Plan, events: Sequence[Event], at: int) -> bool:
 
 def _event(op: str, first: list[int], second: list[int], ns: int) -> Event | None:
     """None for an op that is no step of a plan."""
-    name = op.removeprefix("unicorn::").removeprefix("placed_")
+    name = op.removeprefix("unicorn::").removeprefix("placed_").removeprefix("finish_")  # that one's time is waiting
     if name not in OPS:
         return None
     tokens = math.prod(first) if name == "embedding" else tokens_of(name, first)

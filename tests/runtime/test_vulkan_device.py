@@ -61,7 +61,7 @@ def test_generate_and_a_device_that_is_lost_meanwhile(
 
     want = tokens()
     submits = []
-    plain = LogicalDevice.run
+    plain = LogicalDevice.submit
 
     def submit(self: Any, *args: Any, **kwargs: Any) -> None:
         submits.append(1)
@@ -69,7 +69,7 @@ def test_generate_and_a_device_that_is_lost_meanwhile(
             raise VulkanError("vkQueueSubmit", -4)
         plain(self, *args, **kwargs)
 
-    monkeypatch.setattr(LogicalDevice, "run", submit)
+    monkeypatch.setattr(LogicalDevice, "submit", submit)
     assert tokens(devices=["cpu", "vulkan:llvmpipe"]) == want and not submits
     assert "policy='fixed'" in str(unicorn_backend.explain(model)), "a software driver is never preferred"
     assert tokens(devices=["cpu", "vulkan:llvmpipe"], policy="fixed") == want
@@ -265,6 +265,48 @@ def test_thousand_models_and_ten_thousand_tokens_leak_nothing(device: Any) -> No
         region.run(first)
     assert device.memory().used == before.used
     assert resident_mb() - resident < 4, "10,000 tokens"
+
+
+def test_a_call_under_way(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others may come in between, its weights may go, the device may be lost or closed: the result is right or none."""
+    from unicorn_backend.runtime.vulkan.api import VulkanError
+    from unicorn_backend.runtime.vulkan.logical import LogicalDevice
+
+    args = (*arguments(3, 64, 96, 64)[:-1], None)  # without a residual
+    want = run(device, args).float()
+
+    def start(given: tuple[Any, ...]) -> Any:
+        begun = device.region("int4_ffn", given).start(given)
+        assert not isinstance(begun, str), begun
+        return begun
+
+    begun = start(args)
+    run(device, arguments(9, 64, 96, 64, "silu"))
+    result = begun.result()
+    assert result.dtype == torch.float32 and torch.equal(result.bfloat16().float(), want)
+    assert begun.result() is result
+
+    weights = [[t.clone() for t in w] for w in args[4:7]]
+    begun, regions = start((*args[:4], *weights, *args[7:])), len(device._regions)
+    del weights
+    gc.collect()
+    assert len(device._regions) == regions, "they stay as long as the call"
+    assert torch.equal(begun.result().bfloat16().float(), want)
+    del begun
+    gc.collect()
+    assert len(device._regions) == regions - 1
+
+    begun = start(args)
+    lost = VulkanError("vkWaitForFences", -4)
+    monkeypatch.setattr(LogicalDevice, "wait", lambda self, spin=False: (_ for _ in ()).throw(lost))
+    assert "the device is lost (vkWaitForFences" in begun.result()
+    monkeypatch.undo()
+    assert "lost" in device.region("int4_ffn", args)
+    device.lost = ""
+    device._device.wait()  # it was not: what was submitted is there
+    begun = start(args)
+    device.close()
+    assert torch.equal(begun.result().bfloat16().float(), want)
 
 
 def test_threads_take_turns(device: Any) -> None:

@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from unicorn_backend.graph.describe import OPS
 from unicorn_backend.options import Options
-from unicorn_backend.partition import calibration, cost
+from unicorn_backend.partition import branches, calibration, cost
 from unicorn_backend.partition.cost import Rates
 from unicorn_backend.plan import Plan, Step
 from unicorn_backend.runtime import open_device, placed
@@ -66,8 +66,12 @@ def place(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, l
         if best is not None and best.device is not None:
             rooms[best.name] -= step.weight_bytes
             chosen[node] = placed.Site(op, best.device, plan, index, best.least)
+    if not chosen:
+        return gm, []
     _overlap(chosen, plan, _nodes(gm))
-    return (_with_calls(gm, chosen), list(chosen.values())) if chosen else (gm, [])
+    apart = branches.spans(gm, chosen)
+    _note(plan, gm, apart)
+    return _with_calls(gm, chosen, apart), list(chosen.values())
 
 
 def _overlap(chosen: dict[Node, placed.Site], plan: Plan, nodes: Sequence[Node]) -> None:
@@ -177,12 +181,43 @@ def _has_node(value: Any) -> bool:
     return isinstance(value, Node) or (isinstance(value, Sequence) and any(isinstance(v, Node) for v in value))
 
 
-def _with_calls(gm: GraphModule, chosen: Mapping[Node, placed.Site]) -> GraphModule:
+def _note(plan: Plan, gm: GraphModule, apart: Mapping[Node, branches.Span]) -> None:
+    """Write into the plan what runs beside what, and the order in which results are there."""
+    nodes = _nodes(gm)
+    place = {node: index for index, node in enumerate(gm.graph.nodes)}
+    ends = [place[apart[node].end] - 0.5 if node in apart else place[node] for node in nodes]
+    plan.order = sorted(range(len(nodes)), key=ends.__getitem__) if apart else []
+    for index, (node, step) in enumerate(zip(nodes, plan.steps, strict=True)):
+        if node in apart:
+            beside = ", ".join(apart[node].beside)
+            plan.steps[index] = dataclasses.replace(step, reason=f"{step.reason}; beside {beside}")
+
+
+def _with_calls(
+    gm: GraphModule, chosen: Mapping[Node, placed.Site], apart: Mapping[Node, branches.Span]
+) -> GraphModule:
     graph = Graph()
     copies: dict[Node, Node] = {}
+    tickets: dict[Node, Node] = {}
+    starts: dict[Node, list[Node]] = {}
+    ends: dict[Node, list[Node]] = {}
+    for node, span in apart.items():
+        starts.setdefault(span.start, []).append(node)
+        ends.setdefault(span.end, []).append(node)
+
+    def call(node: Node, form: str, *more: Node) -> Node:
+        target = placed.placed_op(chosen[node].op, form)
+        arguments = [*node.args[:-1], None] if form == "start" else node.args
+        copied = torch.fx.map_arg(tuple(arguments), copies.__getitem__)
+        return graph.call_function(target, (*copied, *more, chosen[node].number))
+
     for node in gm.graph.nodes:
-        copies[node] = copy = graph.node_copy(node, copies.__getitem__)
-        if node in chosen:
-            copy.target = placed.placed_op(node.target._schema.name.removeprefix("unicorn::"))
-            copy.args = (*copy.args, chosen[node].number)
+        for ended in ends.get(node, ()):
+            copies[ended] = call(ended, "finish", tickets[ended])
+        if node not in chosen:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        elif node not in apart:
+            copies[node] = call(node, "placed")
+        for begun in starts.get(node, ()):
+            tickets[begun] = call(begun, "start")
     return GraphModule(gm, graph)

@@ -47,6 +47,20 @@ class ChunkedRegion(Region, Protocol):
         """What `run` gives, for `count` ranges of tokens, one after another."""
 
 
+class Pending(Protocol):
+    """A call that a device is working on."""
+
+    def result(self) -> Any:
+        """As `Region.run`, after waiting."""
+
+
+class DeferredRegion(Region, Protocol):
+    """A region that can compute while the caller does something else."""
+
+    def start(self, arguments: Sequence[Any]) -> Pending | str:
+        """Begin a call without a residual; the result is fp32, not rounded. A `str` says why it did not begin."""
+
+
 class Device(Protocol):
     """One device. It is opened once per process and name, and was compared with the CPU's kernels when it was."""
 
@@ -55,6 +69,7 @@ class Device(Protocol):
     software: bool  # a program on the CPU: only `policy="fixed"` uses it
     least: int  # tokens per call that it takes
     chunk: int  # tokens of a prompt that it attends to while the feed-forward of others runs; 0: all at once
+    defers: bool  # regions of `placed.DEFERRED` are `DeferredRegion`
 
     def refuses(self, work: Work) -> str:
         """Why it does not take this region; "" if it does. Decides from data, without touching the device."""

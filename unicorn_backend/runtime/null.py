@@ -15,7 +15,7 @@ class NullDevice:
     def __init__(self, selector: str) -> None:
         self.name = f"null:{selector}" if selector else "null"
         self.label = "no device: calls are recorded and run on the CPU"
-        self.software, self.least, self.chunk = False, 1, 0
+        self.software, self.least, self.chunk, self.defers = False, 1, 0, True
         self.calls: list[tuple[str, ...]] = []
         self.lost = ""  # set it to a reason, and regions give it as their answer
 
@@ -47,6 +47,19 @@ class _Region:
     def parts(self, arguments: Sequence[Any], count: int) -> Iterator[Part]:
         whole = self.run(arguments)
         yield from ((tokens, whole[:, tokens]) for tokens in ranges(whole.shape[1], count))
+
+    def start(self, arguments: Sequence[Any]) -> _Pending | str:
+        self._device.calls.append(("start", self._op))
+        return self._device.lost or _Pending(self, arguments)
+
+
+class _Pending:
+    def __init__(self, region: _Region, arguments: Sequence[Any]) -> None:
+        self._region, self._arguments = region, arguments
+
+    def result(self) -> Any:
+        x, *rest = self._arguments
+        return self._region.run((x.float(), *rest))  # the result of fp32 activations is not rounded
 
 
 def open_device(selector: str) -> NullDevice:

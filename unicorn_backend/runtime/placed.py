@@ -1,5 +1,8 @@
 """The ops that a placed graph calls: `unicorn::placed_<op>`, with the op's arguments and the number of a `Site`.
 
+Where something else can be computed meanwhile (`partition/branches.py`) it is `start_<op>`, which returns at once, and
+`finish_<op>`, which waits.
+
 They go through torch's dispatcher, so that the native program (`ops/program.cpp`) runs a placed graph as any other.
 """
 
@@ -15,18 +18,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from unicorn_backend.ops import LIBRARY
 from unicorn_backend.plan import Plan
 from unicorn_backend.runtime import overlap
-from unicorn_backend.runtime.device import ChunkedRegion, Device
+from unicorn_backend.runtime.device import ChunkedRegion, Device, Pending
 from unicorn_backend.runtime.overlap import Overlap
 
 log = logging.getLogger(__name__)
 
 OPS = ("int4_ffn", "int8_attention", "int8_qkv", "linear")
+DEFERRED = ("int4_ffn",)  # come in halves, too; their last argument is a residual
 
-_numbers = itertools.count(1)
+_numbers, _tickets = itertools.count(1), itertools.count(1)
 _said: set[tuple[str, str]] = set()  # devices and reasons that were warned about
 _sites: weakref.WeakValueDictionary[int, Site] = weakref.WeakValueDictionary()
 
@@ -47,6 +52,7 @@ class Site:
         self._cpu: Callable[..., Any] = getattr(torch.ops.unicorn, op).default
         self._plan, self._index, self._least = plan, index, least
         self._lock = threading.Lock()
+        self._under_way: dict[int, Pending] = {}
         _sites[self.number] = self
 
     def __call__(self, arguments: tuple[Any, ...]) -> Any:
@@ -55,8 +61,8 @@ class Site:
         return self._run(arguments)
 
     def _run(self, arguments: tuple[Any, ...]) -> Any:
-        device = self.device
-        if device is not None and (self._least <= 1 or tokens_of(self.op, arguments[0].shape) >= self._least):
+        device = self._for(arguments)
+        if device is not None:
             region = device.region(self.op, arguments)
             if self.leads is not None and overlap.enabled and not isinstance(region, str):
                 if (count := arguments[0].shape[2] // device.chunk) > 1:
@@ -69,6 +75,34 @@ class Site:
     def _left(self, device: Device, reason: str, arguments: tuple[Any, ...]) -> Any:
         self._leave(device, reason)
         return self._cpu(*arguments)
+
+    def start(self, arguments: tuple[Any, ...]) -> Tensor:
+        """Begin a call, without the residual: its number, for `finish`."""
+        number, device = next(_tickets), self._for(arguments)
+        if device is not None and overlap.enabled:
+            region: Any = device.region(self.op, arguments)
+            begun = region if isinstance(region, str) else region.start(arguments)
+            if isinstance(begun, str):
+                self._leave(device, begun)
+            else:
+                self._under_way[number] = begun
+        return torch.tensor(number)
+
+    def finish(self, arguments: tuple[Any, ...], ticket: Tensor) -> Any:
+        """Wait for the call, add the residual (the last argument) in fp32 and round once, as the op does."""
+        device, pending = self.device, self._under_way.pop(int(ticket), None)
+        if device is None or pending is None:
+            return self._run(arguments)
+        found = pending.result()
+        if isinstance(found, str):
+            return self._left(device, found, arguments)
+        residual = arguments[-1]
+        return (found if residual is None else found.add_(residual)).to(arguments[0].dtype)
+
+    def _for(self, arguments: tuple[Any, ...]) -> Device | None:
+        """The device, if it runs a call of this size."""
+        enough = self._least <= 1 or tokens_of(self.op, arguments[0].shape) >= self._least
+        return self.device if enough else None
 
     def _leave(self, device: Device, reason: str) -> None:
         """From now on on the CPU, said once and shown in the plan."""
@@ -89,9 +123,9 @@ def tokens_of(op: str, shape: Sequence[int]) -> int:
     return shape[0] * shape[2] if op == "int8_attention" else math.prod(shape[:-1])
 
 
-def placed_op(op: str) -> Any:
-    """The overload that stands for `op` in a placed graph."""
-    return getattr(torch.ops.unicorn, f"placed_{op}").default
+def placed_op(op: str, form: str = "placed") -> Any:
+    """The overload that stands for `op` in a placed graph; `form`: "placed", or its halves "start" and "finish"."""
+    return getattr(torch.ops.unicorn, f"{form}_{op}").default
 
 
 def _define(op: str) -> None:
@@ -99,6 +133,12 @@ def _define(op: str) -> None:
     arguments, _, returns = schema.partition(") -> ")
     LIBRARY.define(f"placed_{arguments}, int site) -> {returns}")
     LIBRARY.impl(f"placed_{op}", lambda *arguments: _sites[arguments[-1]](arguments[:-1]), "CPU")
+    if op not in DEFERRED:
+        return
+    LIBRARY.define(f"start_{arguments}, int site) -> Tensor")
+    LIBRARY.define(f"finish_{arguments}, Tensor ticket, int site) -> {returns}")
+    LIBRARY.impl(f"start_{op}", lambda *arguments: _sites[arguments[-1]].start(arguments[:-1]), "CPU")
+    LIBRARY.impl(f"finish_{op}", lambda *arguments: _sites[arguments[-1]].finish(arguments[:-2], arguments[-2]), "CPU")
 
 
 for _op in OPS:

@@ -53,6 +53,7 @@ class NpuDevice:
         self.rates = cost.load(root, self.target, xrt.name)
         self.software, self.least = False, LEAST_EMULATED if emulated else LEAST
         self.chunk = CHUNK
+        self.defers = False
         self._lock = threading.RLock()
         self._regions: dict[tuple[Any, ...], tuple[list[StorageWeakRef], _Region]] = {}
 

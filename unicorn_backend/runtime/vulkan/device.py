@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,7 +34,7 @@ class VulkanDevice:
 
     def __init__(self, name: str, physical: PhysicalDevice, variant: str = "", placing: str = "") -> None:
         self.name, self.label, self.physical = name, physical.label, physical
-        self.software, self.least, self.chunk = physical.kind == "software", 1, 0
+        self.software, self.least, self.chunk, self.defers = physical.kind == "software", 1, 0, True
         chosen = variants.choose(physical.features)
         self.variant = next((v for v in variants.VARIANTS if v.name == variant), chosen)
         self.takes = ", ".join(f"{kind} ({', '.join(schemes)})" for kind, schemes in SCHEMES.items())
@@ -46,6 +46,7 @@ class VulkanDevice:
         self._regions: dict[int, VulkanRegion] = {}  # by id of the first packed weight
         self._kernels: dict[Shape, Kernels] = {}
         self._dead: list[VulkanRegion] = []
+        self._pending: Pending | None = None
         _all.add(self)
         log.info("%s: %s; variants:\n%s", name, self.label, variants.explain_choice(physical.features))
 
@@ -86,6 +87,7 @@ class VulkanDevice:
     def close(self) -> None:
         """Regions and buffers first; a lost device is left to the end of the process."""
         with self._lock:
+            self._settle()
             lost, self.lost = self.lost, self.lost or "the device was closed"
             if lost:
                 return
@@ -117,17 +119,41 @@ class VulkanDevice:
         return self._kernels[shape]
 
     def run(self, region: VulkanRegion, call: Call) -> Any:
+        begun = self.start(region, call)
+        return begun if isinstance(begun, str) else begun.result()
+
+    def start(self, region: VulkanRegion, call: Call) -> Pending | str:
         with self._lock:
+            self._settle()
             self._bury()
             if self.lost:
                 return self.lost
             try:
                 kernels = self.kernels(call.shape)
-                result = kernels.run(region.weights, lambda tokens: region.recorded(kernels, tokens), call)
+                finish = kernels.start(region.weights, lambda tokens: region.recorded(kernels, tokens), call)
                 self._device.save_pipelines()
-                return result
             except (VulkanError, TimeoutError) as error:
                 return self._failed(error)
+            self._pending = Pending(self, region, finish)
+            return self._pending
+
+    def settle(self, pending: Pending) -> None:
+        """Wait for it, if nobody did yet."""
+        with self._lock:
+            if self._pending is pending:
+                self._settle()
+            elif pending.found is None:
+                pending.found = self.lost  # forked or closed meanwhile
+
+    def _settle(self) -> None:
+        """Buffers and the queue are free for something else afterwards."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.found = self.lost or pending.finish()
+        except (VulkanError, TimeoutError) as error:
+            pending.found = self._failed(error)
 
     def bury(self, region: VulkanRegion) -> None:
         """The region's weights are gone. May be called from anywhere, also in the middle of a run."""
@@ -140,6 +166,7 @@ class VulkanDevice:
 
     def _bury(self) -> None:
         while self._dead:
+            self._settle()  # it may be the one that is running
             region = self._dead.pop()
             for key, other in list(self._regions.items()):
                 if other is region:
@@ -149,6 +176,7 @@ class VulkanDevice:
 
     def _prepare(self, call: Call) -> VulkanRegion | str:
         with self._lock:
+            self._settle()
             self._bury()
             key = id(call.lists[0][0])
             if (old := self._regions.pop(key, None)) is not None:
@@ -181,6 +209,20 @@ class VulkanDevice:
         return str(error)
 
 
+class Pending:
+    """A call that was submitted."""
+
+    def __init__(self, device: VulkanDevice, region: VulkanRegion, finish: Callable[[], Any]) -> None:
+        self._device, self._region, self.finish = device, region, finish
+        self.found: Any = None
+
+    def result(self) -> Any:
+        """The op's result, or why there is none; waits for it."""
+        if self.found is None:
+            self._device.settle(self)
+        return self.found
+
+
 class VulkanRegion:
     """One region with its weights on the device, and its command buffers."""
 
@@ -203,6 +245,10 @@ class VulkanRegion:
     def run(self, arguments: Sequence[Any]) -> Any:
         call = self._call(*arguments)
         return call.refusal() or self._device.run(self, call)
+
+    def start(self, arguments: Sequence[Any]) -> Pending | str:
+        call = ffn.Call(*arguments)._replace(unrounded=True)
+        return call.refusal() or self._device.start(self, call)
 
     def recorded(self, kernels: Kernels, tokens: int) -> Recorded:
         key = (kernels.shape, tokens)
@@ -232,6 +278,7 @@ def _version(tensor: Tensor) -> int:
 
 def _after_fork() -> None:
     for device in _all:
+        device._pending = None
         device.lost = "this process was forked after the device was opened"
         device._lock = threading.Lock()
 

@@ -42,6 +42,7 @@ class Shape:
     pre_eps: float | None
     post_eps: float | None
     residual: str  # "none", "own", "x": the same tensor as the input
+    unrounded: bool = False
 
     @property
     def max_tokens(self) -> int:
@@ -74,6 +75,7 @@ class Call(NamedTuple):
     post_eps: float | None
     post_offset: float
     residual: Tensor | None
+    unrounded: bool = False  # the result is fp32: `placed.Site.finish` adds the residual
 
     @property
     def lists(self) -> list[list[Tensor]]:
@@ -86,7 +88,9 @@ class Call(NamedTuple):
     @property
     def shape(self) -> Shape:
         kind = "none" if self.residual is None else "x" if self.residual is self.x else "own"
-        return Shape(self.x.shape[-1], self.f, self.n, self.act, self.x.dtype, self.norm_eps, self.post_eps, kind)
+        return Shape(
+            self.x.shape[-1], self.f, self.n, self.act, self.x.dtype, self.norm_eps, self.post_eps, kind, self.unrounded
+        )
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -125,7 +129,8 @@ class FfnKernels(Kernels):
     shape: Shape
 
     def __init__(self, device: LogicalDevice, variant: Variant, shape: Shape) -> None:
-        super().__init__(device, variant, shape, shape.n)
+        self._out = torch.float32 if shape.unrounded else shape.dtype
+        super().__init__(device, variant, shape, shape.n, self._out)
         tokens, item = shape.max_tokens, item_bytes(shape.dtype)
         widths = (shape.k, shape.n) if shape.residual == "own" else (shape.k,)
         self.inputs = [self.buffer(tokens * width * item, UPLOAD) for width in widths]
@@ -152,7 +157,7 @@ class FfnKernels(Kernels):
             ),
             Stage(self.product("down", tokens), ((0, w2), (1, s2), *p, (6, self._y))),
             Stage(
-                self.row_pipeline("norm_add", shape.n, shape.post_eps, (5, residual)),
+                self.row_pipeline("norm_add", shape.n, shape.post_eps, (5, residual), dtype=self._out),
                 ((0, self._y), (1, post), (2, self.inputs[-1]), (6, self.out)),
             ),
         ]

@@ -169,11 +169,14 @@ class Kernels(ABC):
 
     inputs: list[Buffer]
 
-    def __init__(self, device: LogicalDevice, variant: Variant, shape: Any, width: int) -> None:
-        """`width`: values per token of the result."""
+    def __init__(
+        self, device: LogicalDevice, variant: Variant, shape: Any, width: int, dtype: torch.dtype | None = None
+    ) -> None:
+        """`width`: values per token of the result, of `dtype`, else that of the shape."""
         self.device, self.variant, self.shape, self._width = device, variant, shape, width
+        self._dtype = dtype or shape.dtype
         self._made: list[Buffer] = []
-        self.out = self.buffer(shape.max_tokens * width * item_bytes(shape.dtype), DOWNLOAD)
+        self.out = self.buffer(shape.max_tokens * width * item_bytes(self._dtype), DOWNLOAD)
         self._grids = self.buffer(GRIDS_BYTES, UPLOAD)
 
     @abstractmethod
@@ -211,32 +214,54 @@ class Kernels(ABC):
         numbers = [n for grid in self.grids(weights, tokens, True) for n in (*grid, 1)]
         ctypes.memmove(self._grids.address, (ctypes.c_uint32 * len(numbers))(*numbers), 4 * len(numbers))
 
-    def run(self, weights: Weights, recorded: Callable[[int], Recorded], call: Call) -> Any:
-        """`recorded(bucket)`: the command buffer for that many tokens. Raises VulkanError, TimeoutError."""
+    def start(self, weights: Weights, recorded: Callable[[int], Recorded], call: Call) -> Callable[[], Any]:
+        """Submit a call, of a long one the last piece after running the others; what is returned waits for the result.
+
+        `recorded(bucket)`: the command buffer for that many tokens. Both raise VulkanError and TimeoutError.
+        """
         total = call.x.numel() // call.x.shape[-1]
         rows = [t.contiguous() for t in call.inputs]
-        out = torch.empty((total, self._width), dtype=call.x.dtype)
-        first = 0
-        while first < total:
-            tokens = min(total - first, BUCKETS[-1] if total <= BUCKETS[-1] else self.shape.max_tokens)
-            bucket = next((b for b in BUCKETS if tokens <= b), 0)
+        out = torch.empty((total, self._width), dtype=self._dtype)
+        first, last = 0, 0  # the piece that is under way
+        few = True
+
+        def collect() -> None:
+            if last > first:
+                self.device.wait(spin=few)
+                size = out.nbytes // total
+                ctypes.memmove(out.data_ptr() + first * size, self.out.address, (last - first) * size)
+
+        while last < total:
+            collect()
+            first = last
+            last += min(total - first, BUCKETS[-1] if total <= BUCKETS[-1] else self.shape.max_tokens)
+            bucket = next((b for b in BUCKETS if last - first <= b), 0)
+            few = bucket != 0
             for buffer, values in zip(self.inputs, rows, strict=True):
                 size = values.nbytes // total
-                ctypes.memmove(buffer.address, values.data_ptr() + first * size, tokens * size)
-            if bucket == 0:
-                self.set_grids(weights, tokens)
-            self.device.run(recorded(bucket), spin=bucket != 0)
-            size = out.nbytes // total
-            ctypes.memmove(out.data_ptr() + first * size, self.out.address, tokens * size)
-            first += tokens
-        return call.result(out)
+                ctypes.memmove(buffer.address, values.data_ptr() + first * size, (last - first) * size)
+            if not few:
+                self.set_grids(weights, last - first)
+            self.device.submit(recorded(bucket))
+
+        def finish() -> Any:
+            collect()
+            return call.result(out)
+
+        return finish
 
     def row_pipeline(
-        self, name: str, width: int, eps: float | None, *more: tuple[int, int], threads: int = ROW_THREADS
+        self,
+        name: str,
+        width: int,
+        eps: float | None,
+        *more: tuple[int, int],
+        threads: int = ROW_THREADS,
+        dtype: torch.dtype | None = None,
     ) -> Any:
-        """Of a shader with one workgroup per row."""
+        """Of a shader with one workgroup per row; of `dtype`, else that of the shape."""
         norm = [(3, int(eps is not None)), (4, float(eps or 0.0))]
-        constants = [(0, threads), (1, width), (2, TYPES[self.shape.dtype]), *norm, *more]
+        constants = [(0, threads), (1, width), (2, TYPES[dtype or self.shape.dtype]), *norm, *more]
         return self.device.pipeline(variants.code(name), constants)
 
     def product_pipeline(

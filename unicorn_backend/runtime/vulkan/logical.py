@@ -353,9 +353,17 @@ class LogicalDevice:
 
         return self._record(fill, pool)
 
-    def run(self, recorded: Recorded, spin: bool = False) -> None:
-        """Submit and wait, without the GIL. Raises VulkanError: from then on the device must not be used."""
+    def run(self, recorded: Recorded) -> None:
+        """Submit and wait. Raises as these do."""
+        self.submit(recorded)
+        self.wait()
+
+    def submit(self, recorded: Recorded) -> None:
+        """One at a time: `wait` before the next. Raises VulkanError: from then on the device must not be used."""
         call("vkQueueSubmit", self._queue, 1, recorded.submit, self._fence[0])
+
+    def wait(self, spin: bool = False) -> None:
+        """For what was submitted, without the GIL. Raises VulkanError and TimeoutError: the device is lost."""
         until = time.perf_counter() + SPIN_S
         while spin and time.perf_counter() < until:
             if lib.vkGetFenceStatus(self.handle, self._fence[0]) == vk.VK_SUCCESS:
