@@ -30,7 +30,7 @@ class Ffns(NullDevice):
 
     def region(self, op: str, arguments: Any) -> Any:
         self.left -= 1
-        self.lost = "" if self.left >= 0 else "the device is lost"
+        self.lost = "" if self.left >= 0 else "it is gone"
         return super().region(op, arguments)
 
 
@@ -101,7 +101,7 @@ def test_a_device_that_is_lost_between(device: Ffns) -> None:
     want = tokens(model)
     device.left = LAYERS * 2 + 1
     assert tokens(model, devices=["cpu", "null"], policy="fixed") == want
-    assert "null: the device is lost" in reasons(model)
+    assert "null: it is gone" in reasons(model)
 
 
 def test_on_vulkan() -> None:
