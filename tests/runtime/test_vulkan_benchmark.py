@@ -6,12 +6,16 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.runtime import drivers
 
 
-def test_software_is_marked_and_gets_no_rates() -> None:
+@pytest.mark.parametrize("region", ["ffn", "qkv"])
+def test_software_is_marked_and_gets_no_rates(region: str) -> None:
     drivers.physical("llvmpipe")
-    command = [sys.executable, "benchmarks/vulkan_shaders.py", "--tokens", "1", "2", "--rounds", "1", "--layers", "2"]
+    sizes = ["--region", region, "--tokens", "1", "2", "--rounds", "1", "--layers", "2"]
+    command = [sys.executable, "benchmarks/vulkan_shaders.py", *sizes]
     done = subprocess.run(
         command, cwd=drivers.ROOT, env=drivers.environment("llvmpipe"), capture_output=True, text=True, timeout=600
     )
@@ -20,5 +24,6 @@ def test_software_is_marked_and_gets_no_rates() -> None:
     assert result["software"] is True and "no measurement of a GPU" in result["note"]
     assert [row["tokens"] for row in result["rows"]] == [1, 2]
     for row in result["rows"]:
+        assert len(row["us"]) == {"ffn": 4, "qkv": 3}[region]
         assert set(row) == {"tokens", "us"}, "neither GB/s nor TOPS"
         assert all(us > 0 for us in row["us"].values())

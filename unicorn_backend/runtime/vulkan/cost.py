@@ -85,7 +85,8 @@ def calibrate(
     return Rates(f"measured on {time.strftime('%Y-%m-%d', time.gmtime())}", submit, tables)
 
 
-def _weight(n: int, k: int, scheme: str) -> list[Tensor]:
+def weight(n: int, k: int, scheme: str) -> list[Tensor]:
+    """Any bytes, scaled so that products are finite."""
     packed, scale, *rest = empty_packed(n, k, scheme)
     packed.random_(0, 256)
     scale.fill_(2**-10)
@@ -93,14 +94,14 @@ def _weight(n: int, k: int, scheme: str) -> list[Tensor]:
 
 
 def _ffn(hidden: int, width: int) -> Callable[[Tensor], Arguments]:
-    weights = [_weight(n, k, "w4g32") for n, k in ((width, hidden), (width, hidden), (hidden, width))]
+    weights = [weight(n, k, "w4g32") for n, k in ((width, hidden), (width, hidden), (hidden, width))]
     norm = torch.ones(hidden).bfloat16()
     return lambda x: (x, norm, 1e-6, 0.0, *weights, [], "gelu_tanh", width, hidden, norm, 1e-6, 0.0, x)
 
 
 def _linear(hidden: int, width: int, scheme: str) -> Callable[[Tensor], Arguments]:
-    weight = _weight(width, hidden, scheme)
-    return lambda x: (x, weight, None, width)
+    packed = weight(width, hidden, scheme)
+    return lambda x: (x, packed, None, width)
 
 
 def _us(device: Any, op: str, layers: Sequence[Callable[[Tensor], Arguments]], tokens: int, hidden: int) -> float | str:
