@@ -42,11 +42,15 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def generate(model: Any, devices: tuple[str, ...] = ("cpu", "npu"), **options: Any) -> tuple[torch.Tensor, Any]:
-    """(tokens after the prompt, the compiled model)."""
+    """(logits of every new token [NEW, vocabulary], the compiled model).
+
+    Tokens alone say little: of a random model without most of its layers they are all the same.
+    """
     compiled: Any = torch.compile(model, backend="unicorn", options={"devices": devices, **options})
     ids = (torch.arange(PROMPT) * 37 % 4000 + 10).unsqueeze(0)
-    out = compiled.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW, do_sample=False)
-    return out[0, PROMPT:], compiled
+    settings = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    out = compiled.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    return torch.cat(out.logits), compiled
 
 
 def shortened(model: Any, layers: int) -> Any:
@@ -65,15 +69,15 @@ def make_short(make_tiny: Callable[[], Any]) -> Callable[[], Any]:
 
 @pytest.fixture(scope="module")
 def on_cpu() -> dict[str, torch.Tensor]:
-    """The tokens of `make_short` on the CPU, computed once."""
+    """The logits of `make_short` on the CPU, computed once."""
     return {}
 
 
-def cpu_tokens(make_short: Callable[[], Any], known: dict[str, torch.Tensor]) -> torch.Tensor:
-    if "tokens" not in known:
-        known["tokens"] = generate(make_short(), ("cpu",))[0]
+def cpu_logits(make_short: Callable[[], Any], known: dict[str, torch.Tensor]) -> torch.Tensor:
+    if "logits" not in known:
+        known["logits"] = generate(make_short(), ("cpu",))[0]
         torch._dynamo.reset()
-    return known["tokens"]
+    return known["logits"]
 
 
 def device() -> NpuDevice:
@@ -94,9 +98,9 @@ def steps(compiled: Any) -> dict[str, set[str]]:
 def test_generate_on_the_emulated_npu(
     make_tiny: Callable[[], Any], emulate: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Tokens equal those of the same integer arithmetic in NumPy; every attention region went through launches."""
+    """Logits equal those of the same integer arithmetic in NumPy; every attention region went through launches."""
     monkeypatch.setattr("unicorn_backend.runtime.npu.device._said", left := set[tuple[str, str]]())
-    tokens, compiled = generate(make_tiny())
+    logits, compiled = generate(make_tiny())
     assert not left, "calls that ran on the CPU"
     engine = device().engine
     assert isinstance(engine, NpuEngine)
@@ -111,7 +115,7 @@ def test_generate_on_the_emulated_npu(
     close_devices()
     device().engine = NumpyEngine()
     same, _ = generate(make_tiny())
-    assert torch.equal(tokens, same)
+    assert torch.equal(logits, same)
 
 
 def test_decode_stays_on_the_cpu(make_short: Callable[[], Any], emulate: None) -> None:
@@ -130,12 +134,12 @@ def test_decode_stays_on_the_cpu(make_short: Callable[[], Any], emulate: None) -
 def test_without_hardware_it_is_the_cpu_with_a_reason(
     make_short: Callable[[], Any], on_cpu: dict[str, torch.Tensor]
 ) -> None:
-    tokens, compiled = generate(make_short())
+    logits, compiled = generate(make_short())
     assert steps(compiled)["attention"] == {"cpu"}
     (reason,) = {s.reason for s in unicorn_backend.explain(compiled).plans[0].steps if s.kind == "attention"}
     assert "npu: " in reason and ("PCI" in reason or "pyxrt" in reason)
     torch._dynamo.reset()
-    assert torch.equal(tokens, cpu_tokens(make_short, on_cpu))
+    assert torch.equal(logits, cpu_logits(make_short, on_cpu))
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {
@@ -159,9 +163,9 @@ def test_faults_end_on_the_cpu(
     on_cpu: dict[str, torch.Tensor],
     fault: str,
 ) -> None:
-    """The CPU's tokens, and one clear message."""
+    """The CPU's logits, and one clear message."""
     what, says = FAULTS[fault]
-    want = cpu_tokens(make_short, on_cpu)
+    want = cpu_logits(make_short, on_cpu)
     monkeypatch.setattr(emulator, "faults", emulator.Faults(**what))
     if fault not in ("firmware", "memlock"):  # of which opening the device dies
         device().engine.timeout_ms = 500
@@ -194,8 +198,10 @@ def test_a_kernel_for_another_k_never_serves(
 
     monkeypatch.setenv("UNICORN_NPU_KERNELS", str(tmp_path))
     artifacts.write(tmp_path / artifacts.EMULATED, right, artifacts.HOST_MODEL, swapped)
+    # Attention, whose kernels are right, would stay on the NPU and give its own logits.
+    monkeypatch.setattr(NpuDevice, "refuses", lambda _, work: "" if work.step.kind == "qkv" else "left out")
     close_devices()
-    want = cpu_tokens(make_short, on_cpu)
+    want = cpu_logits(make_short, on_cpu)
     got, compiled = generate(make_short())
     (reason,) = {s.reason for s in unicorn_backend.explain(compiled).plans[0].steps if s.kind == "qkv"}
     assert "does not give the CPU's integers on this machine: it must not serve" in reason
@@ -212,10 +218,10 @@ def test_truncated_xclbins_end_on_the_cpu(
     on_cpu: dict[str, torch.Tensor],
     registered: bool,
 ) -> None:
-    """Found by their checksums, or by XRT where they were truncated before these were taken: the CPU's tokens."""
+    """Found by their checksums, or by XRT where they were truncated before these were taken: the CPU's logits."""
     from unicorn_backend.runtime.npu import artifacts, wanted
 
-    want = cpu_tokens(make_short, on_cpu)
+    want = cpu_logits(make_short, on_cpu)
     for design in (wanted.projection("npu1", 256, 512), wanted.attention("npu1", 64)):
         device().engine.prepare(design)  # builds it, unless an earlier test did
     shutil.copytree(kernels / artifacts.EMULATED, tmp_path / artifacts.EMULATED)

@@ -65,7 +65,7 @@ def test_a_feed_forward_of_some_rows_gives_their_bits(scheme: str) -> None:
         assert torch.equal(torch.cat(parts, 1), whole)
 
 
-def test_generate_in_chunks_gives_the_same_tokens(
+def test_generate_in_chunks_gives_the_same_logits(
     make_tiny: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Three chunks of every layer, each asked of the device by another thread than the feed-forward's."""
@@ -97,18 +97,18 @@ def test_generate_in_chunks_gives_the_same_tokens(
 def test_a_device_lost_between_chunks_ends_on_the_cpu(
     make_short: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The whole attention is computed again: the same tokens as if the device had been lost before its first chunk."""
+    """The whole attention is computed again: the same logits as if the device had been lost before its first chunk."""
     found = []
     # Self-tests have 12 launches, the projection before attention one; a chunk has two K/V heads and its projection.
     for chunk, after in ((0, 13), (PROMPT // 3, 13 + 3 + 1)):
         npu = device()
         npu.chunk, npu.engine.timeout_ms = chunk, 500  # type: ignore[attr-defined]
         monkeypatch.setattr(emulator, "faults", emulator.Faults(hang=True, after=after))
-        tokens, compiled = generate(make_short())
+        logits, compiled = generate(make_short())
         (step,) = (s for s in unicorn_backend.explain(compiled).plans[0].steps if s.kind == "attention")
         assert step.device == "cpu" and "no answer in 0.5 s" in step.reason
         assert emulator.faults.after == 0, "it was lost too late"
-        found.append(tokens)
+        found.append(logits)
         torch._dynamo.reset()
         close_devices()
     assert torch.equal(*found)
