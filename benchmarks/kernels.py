@@ -155,7 +155,7 @@ def run(only: str, budget: float) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="shapes whose name starts with this, for example 1b or 4b.ffn")
-    parser.add_argument("--isa", default="", help="avx512vnni, avx2 or portable (default: the best)")
+    parser.add_argument("--isa", default="", help="avx512amx, avx512vnni, avx2 or portable (default: the best)")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--seconds", type=float, default=0.5, help="per row")
     parser.add_argument("--output", type=Path, help="JSON file (default: stdout)")

@@ -2,6 +2,12 @@
 #include <atomic>
 #include <cstring>
 
+#if defined(UNICORN_HAS_AMX)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kernels.h"
 #include "quantize.h"
 
@@ -14,12 +20,26 @@ extern const Kernels kernels_portable;
 extern const Kernels kernels_avx2;
 extern const Kernels kernels_avx512vnni;
 #endif
+#if defined(UNICORN_HAS_AMX)
+extern const Kernels kernels_avx512amx;
+#endif
 
 namespace {
 
+#if defined(UNICORN_HAS_AMX)
+// Whether the CPU has int8 tiles and the kernel lets this process use them.
+bool has_amx() {
+  constexpr unsigned kTiles = 3u << 24;             // of CPUID 7, EDX: AMX-TILE, AMX-INT8
+  constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) != kTiles) return false;
+  return syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+}
+#endif
+
 struct Tables {
-  const Kernels* table[4] = {};
-  const char* name[4] = {};
+  const Kernels* table[5] = {};
+  const char* name[5] = {};
   int count = 0;
 
   Tables() {
@@ -28,7 +48,11 @@ struct Tables {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-    if (avx2 && avx512 && __builtin_cpu_supports("avx512vnni")) add(kernels_avx512vnni);
+    const bool vnni = avx2 && avx512 && __builtin_cpu_supports("avx512vnni");
+#if defined(UNICORN_HAS_AMX)
+    if (vnni && has_amx()) add(kernels_avx512amx);
+#endif
+    if (vnni) add(kernels_avx512vnni);
     if (avx2) add(kernels_avx2);
 #endif
     add(kernels_portable);
@@ -67,8 +91,9 @@ bool set_isa(const char* name) {
     if (*name == '\0' || std::strcmp(name, tables().name[i]) == 0) {
       const char* found = tables().name[i];
       chosen() = tables().table[i];
-      // The quantizer needs no dot products: its widest set is called avx512.
-      return attention_set_isa(found) && quantizer_set_isa(std::strcmp(found, "avx512vnni") == 0 ? "avx512" : found);
+      // The quantizer needs no dot products, attention none of bytes: their widest sets have these names.
+      const bool wide = std::strncmp(found, "avx512", 6) == 0;
+      return attention_set_isa(wide ? "avx512vnni" : found) && quantizer_set_isa(wide ? "avx512" : found);
     }
   }
   return false;

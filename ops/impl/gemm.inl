@@ -11,25 +11,27 @@ struct Tile {
 
 #ifdef UNICORN_AVX512
 
-constexpr int64_t kDepth = 32;  // groups unpacked at a time: two tiles take 36 KB
+constexpr int64_t kDepth = 16;  // groups unpacked at a time: two tiles take 36 KB
 constexpr int kPairTokens = 8;  // sixteen dot products under way
 
 // Some groups of a tile, 8 bits per value.
 struct Unpacked {
-  const uint8_t* q;  // the weight's own bytes where it has 8 bits
+  const uint8_t* q;  // the weight's own bytes where it has 8 bits, and they are not wanted signed
   alignas(64) uint8_t bytes[kDepth * kW8GroupBytes];
   alignas(64) float scale[kDepth * kRows];
 
-  template <Scheme S>
+  template <Scheme S, bool kSigned>
   void fill(const Tile& t, int64_t groups, Range part) {
     const int64_t first = t.index * groups + part.begin;
-    q = S == Scheme::w4g32 || S == Scheme::w4n32 ? bytes : t.w.q + first * group_bytes(S);
+    constexpr bool own = !kSigned && S != Scheme::w4g32 && S != Scheme::w4n32;
+    q = own ? t.w.q + first * group_bytes(S) : bytes;
     const Codebook codebook = S == Scheme::w4n32 ? load_codebook(t.w.codebook) : Codebook{};
     for (int64_t g = 0; g < part.end - part.begin; ++g) {
       const uint8_t* p = t.w.q + (first + g) * group_bytes(S);
       uint8_t* to = bytes + g * kW8GroupBytes;
-      if (S == Scheme::w4g32) store_group(to, load4(p).v);
-      if (S == Scheme::w4n32) store_group(to, look_up(p, codebook, to).v);
+      if (S == Scheme::w4g32) store_group(to, load4(p).v, kSigned ? 8 : 0);
+      if (S == Scheme::w4n32) store_group(to, look_up(p, codebook, to).v, kSigned ? 128 : 0);
+      if (S != Scheme::w4g32 && S != Scheme::w4n32 && kSigned) store_group(to, load8(p).v, 128);
       if (scaled(S)) store(scale + g * kRows, load_f16(static_cast<const uint16_t*>(t.w.scale) + (first + g) * kRows));
     }
   }
@@ -68,10 +70,76 @@ void two_times(const Unpacked* w, const vi* zero_point, Cursor a, int64_t groups
   for (int i = 0; i < 2 * T; ++i) store(out + kRows * i, sum[i]);
 }
 
+// A token and those after it in its block, from a group on.
+INLINE Cursor cursor_at(const Token& t, int64_t group) {
+  const int64_t skip = group * t.stride;
+  return {t.q + skip * kGroup, t.scale + skip, t.sum8 + skip, t.stride};
+}
+
+// The tokens of a part of the groups, some at a time.
+template <Scheme S>
+void add_products(const Unpacked* w, const vi* zero_point, const Activations& a, Range part, Range tokens, float* out) {
+  for (int64_t m = tokens.begin; m < tokens.end;) {
+    const Token token(a, m);
+    const int64_t left = token.stride - m % kBlock;
+    const Cursor cursor = cursor_at(token, part.begin);
+    float* to = out + (m - tokens.begin) * 2 * kRows;
+    const int64_t n = part.end - part.begin;
+    if (left >= kPairTokens) {
+      two_times<S, kPairTokens>(w, zero_point, cursor, n, to);
+      m += kPairTokens;
+    } else if (left >= 4) {
+      two_times<S, 4>(w, zero_point, cursor, n, to);
+      m += 4;
+    } else {
+      two_times<S, 1>(w, zero_point, cursor, n, to);
+      m += 1;
+    }
+  }
+}
+
+#ifdef UNICORN_AMX
+
+template <Scheme S>
+constexpr bool on_tiles = S != Scheme::w8a;  // value - zero point takes nine bits
+
+template <Scheme S>
+void add_on_tiles(TileRegisters& tiles, const Unpacked* w, const Activations& a, Range part, Range tokens, float* out) {
+  const uint8_t* q[2] = {w[0].q, w[1].q};
+  const float* scales[2] = {w[0].scale, w[1].scale};
+  for (int64_t m = tokens.begin; m < tokens.end;) {
+    const Cursor one = cursor_at(Token(a, m), part.begin);
+    float* to = out + (m - tokens.begin) * 2 * kRows;
+    m += one.stride;
+    if (m < tokens.end) {
+      const Cursor other = cursor_at(Token(a, m), part.begin);
+      tiles.shape(one.stride, other.stride);
+      tile_products<scaled(S), true>(q, scales, one, other, part.end - part.begin, to);
+      m += other.stride;
+    } else {
+      tiles.shape(one.stride, 0);
+      tile_products<scaled(S), false>(q, scales, one, one, part.end - part.begin, to);
+    }
+  }
+}
+
+#else
+
+template <Scheme S>
+constexpr bool on_tiles = false;
+
+struct TileRegisters {};
+
+template <Scheme S>
+void add_on_tiles(TileRegisters&, const Unpacked*, const Activations&, Range, Range, float*) {}
+
+#endif
+
 template <Scheme S>
 void multiply_two(const Tile* tiles, const Activations& a, Range tokens, float* out) {
   Unpacked w[2];
   vi zero_point[2];
+  TileRegisters registers;
   for (int r = 0; r < 2; ++r) {
     zero_point[r] = S == Scheme::w8a ? load_zero(tiles[r].w.zero + tiles[r].index * kRows) : middle_zero();
   }
@@ -79,24 +147,11 @@ void multiply_two(const Tile* tiles, const Activations& a, Range tokens, float* 
   for (int64_t i = 0; i < count; ++i) store(out + kRows * i, zero());
   for (int64_t g = 0; g < a.groups; g += kDepth) {
     const Range part{g, g + kDepth < a.groups ? g + kDepth : a.groups};
-    for (int r = 0; r < 2; ++r) w[r].fill<S>(tiles[r], a.groups, part);
-    for (int64_t m = tokens.begin; m < tokens.end;) {
-      const Token token(a, m);
-      const int64_t left = token.stride - m % kBlock;
-      const int64_t skip = g * token.stride;
-      const Cursor cursor{token.q + skip * kGroup, token.scale + skip, token.sum8 + skip, token.stride};
-      float* to = out + (m - tokens.begin) * 2 * kRows;
-      const int64_t n = part.end - part.begin;
-      if (left >= kPairTokens) {
-        two_times<S, kPairTokens>(w, zero_point, cursor, n, to);
-        m += kPairTokens;
-      } else if (left >= 4) {
-        two_times<S, 4>(w, zero_point, cursor, n, to);
-        m += 4;
-      } else {
-        two_times<S, 1>(w, zero_point, cursor, n, to);
-        m += 1;
-      }
+    for (int r = 0; r < 2; ++r) w[r].fill<S, on_tiles<S>>(tiles[r], a.groups, part);
+    if (on_tiles<S>) {
+      add_on_tiles<S>(registers, w, a, part, tokens, out);
+    } else {
+      add_products<S>(w, zero_point, a, part, tokens, out);
     }
   }
   if (scaled(S)) return;
@@ -141,8 +196,13 @@ bool multiply_two(const Tile&, const Tile&, const Activations&, Range, float*) {
 
 // Tokens at a time: their activations stay in half of a 1 MiB L2 while all weights pass by.
 constexpr int64_t kMostTokens = 512;
+#ifdef UNICORN_AMX
+constexpr int64_t kActivationBytes = 1 << 20;
+#else
+constexpr int64_t kActivationBytes = 512 << 10;
+#endif
 INLINE int64_t chunk_tokens(const Activations& a) {
-  const int64_t fit = (512 << 10) / (a.groups * kGroup) / kBlock * kBlock;
+  const int64_t fit = kActivationBytes / (a.groups * kGroup) / kBlock * kBlock;
   return fit < kBlock ? kBlock : fit > kMostTokens ? kMostTokens : fit;
 }
 

@@ -19,11 +19,12 @@ struct Cursor {
   const int32_t* sum8;
   int64_t stride;
 
-  INLINE void next() {
-    q += stride * kGroup;
-    scale += stride;
-    sum8 += stride;
+  INLINE void skip(int64_t groups) {
+    q += groups * stride * kGroup;
+    scale += groups * stride;
+    sum8 += groups * stride;
   }
+  INLINE void next() { skip(1); }
 };
 
 // Weights that stream by push activations out of L1, and their copies in L2 are the oldest ones there: without this,

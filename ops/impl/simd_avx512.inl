@@ -179,9 +179,10 @@ INLINE void dots_two(const uint8_t* w0, const uint8_t* w1, const int8_t* a, vi* 
   }
 }
 INLINE vi broadcast(int32_t x) { return _mm512_set1_epi32(x); }
-INLINE void store_group(uint8_t* to, const vi* v) {
+INLINE void store_group(uint8_t* to, const vi* v, int less) {
+  const vi zero_point = _mm512_set1_epi8(static_cast<char>(less));
 #pragma GCC unroll 8
-  for (int c = 0; c < 8; ++c) _mm512_storeu_si512(to + 64 * c, v[c]);
+  for (int c = 0; c < 8; ++c) _mm512_storeu_si512(to + 64 * c, _mm512_sub_epi8(v[c], zero_point));
 }
 template <int T>
 INLINE void dots4(const Group4& g, const int8_t* a, const int32_t* sum8, vi* sum) {

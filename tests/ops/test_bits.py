@@ -46,6 +46,17 @@ def test_linear_of_many_tokens(scheme: str, m: int) -> None:
     same(everywhere(lambda: OPS.linear(x, w, None, 70)))
 
 
+def test_torch_finds_its_tile_registers_again() -> None:
+    """AMX state belongs to the thread, and oneDNN inside torch uses it too."""
+    w, x = make_weight(70, 1100, "w4g32"), torch.randn(64, 1100)
+    a, b = torch.randn(64, 256, dtype=torch.bfloat16), torch.randn(256, 64, dtype=torch.bfloat16)
+    OPS.set_isa("")
+    torch.set_num_threads(2)
+    ours, theirs = OPS.linear(x, w, None, 70), a @ b
+    for _ in range(3):
+        assert torch.equal(OPS.linear(x, w, None, 70), ours) and torch.equal(a @ b, theirs)
+
+
 @pytest.mark.parametrize("schemes", [("w4g32",) * 3, ("w4g32", "w8c", "w4g32"), ("w8a",) * 3], ids=str)
 def test_ffn_of_many_tokens(schemes: tuple[str, str, str]) -> None:
     args = ffn_args(
