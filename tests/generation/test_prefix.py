@@ -138,3 +138,12 @@ def test_common_length() -> None:
     assert prefix.common_length(a, np.array([1, 2, 3, 4])) == 3
     assert prefix.common_length(a, np.array([1, 9, 3])) == 1
     assert prefix.common_length(a, np.array([], np.int64)) == 0
+
+
+def test_one_common_token_is_not_worth_a_graph(engine: Engine) -> None:
+    """Every prompt begins with the beginning-of-text token; torch compiles a cache of one row apart, for seconds."""
+    ids = models.sample_ids(12)[0].tolist()
+    engine.generate(ids, Settings(4))
+    other = engine.generate([ids[0], *ids[:5:-1]], Settings(4))
+    assert other.reused_tokens == other.compiled == 0
+    assert engine.generate([*ids[:2], *ids[:5:-1]], Settings(4)).reused_tokens == 2

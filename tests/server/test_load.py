@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import socket
 from typing import Any
 
@@ -124,6 +125,39 @@ def test_slow_readers_hold_nobody_up(start: Any) -> None:
                 received += part
             assert received.count(b"data: ") > 100 and b"[DONE]" in received
             connection.close()
+
+
+def sent(server: Any, data: bytes, leave: bool = False) -> bytes:
+    """What the server answers to these bytes; `leave`: close without reading."""
+    with socket.create_connection(server.address, timeout=60) as connection:
+        connection.sendall(data)
+        return b"" if leave else connection.recv(4096)
+
+
+def test_nonsense_between_streams_harms_nobody(start: Any, caplog: pytest.LogCaptureFixture) -> None:
+    """Bodies that are cut, damaged, too deep, no text, or never come; each is refused or left, and costs nothing."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n"
+    bodies = (b'{"prompt": "a', b'{"prompt": "\xff"}', b"[" * 90_000, b'{"prompt": {}}', b'{"prompt":"a","top_p":NaN}')
+    whole = [head % len(body) + body for body in bodies] + [os.urandom(500) + b"\r\n\r\n", head % -5]
+    parts = [head[:30], head % 50 + b'{"prompt"', (head % 50)]
+
+    async def mixed(server: Any) -> list[tuple[str, str | None]]:
+        streams = [asyncio.create_task(stream(client_of(server), PROMPTS[i % len(PROMPTS)])) for i in range(40)]
+        for _ in range(4):
+            answers = await asyncio.gather(*(asyncio.to_thread(sent, server, data) for data in whole))
+            assert {answer[:12] for answer in answers} == {b"HTTP/1.1 400"}
+            await asyncio.gather(*(asyncio.to_thread(sent, server, data, True) for data in parts))
+            assert (await asyncio.to_thread(sent, server, head % 10**12)).startswith(b"HTTP/1.1 413")
+        return await asyncio.gather(*streams)
+
+    with start(limits=Limits(queue=100, per_client=100)) as server:
+        answers = asyncio.run(mixed(server))
+        assert (
+            len(answers) == 40 and {finish for _, finish in answers} == {"length"} and len(set(answers)) == len(PROMPTS)
+        )
+        assert eventually(lambda: not server._clients and server.worker.running is None)
+        assert b'status="499"} 8.0' in server.metrics.text() and b'status="500"' not in server.metrics.text()
+    assert not [record for record in caplog.records if record.exc_info]
 
 
 def test_stopping_ends_what_runs(start: Any) -> None:

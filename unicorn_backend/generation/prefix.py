@@ -22,6 +22,9 @@ from unicorn_backend import table
 SLACK = 64
 """Rows beyond the window that a trimmed sliding layer keeps: as many tokens can be taken back."""
 
+LEAST = 2
+"""Rows worth reusing: torch compiles a graph of its own for a cache of one row, which takes seconds."""
+
 
 def new_cache(model: Any) -> Any:
     """An empty cache for a model, of the kind its option `kv` names; sliding layers remember what left their window."""
@@ -143,9 +146,9 @@ class PrefixStore:
             length = common_length(entry.ids, prompt)
             if length > common:
                 best, common = entry, length
-        if best is None:
-            return Taken(new_cache(self.model), 0, "nothing of this prompt is known")
         common = min(common, len(prompt) - 1)
+        if best is None or common < LEAST:
+            return Taken(new_cache(self.model), 0, "nothing of this prompt is known")
         whole = common >= len(best.ids)
         cache = best.cache if whole else fork(best.cache)
         reason = cut(cache, len(best.ids) - common)

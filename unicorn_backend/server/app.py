@@ -17,6 +17,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from unicorn_backend.errors import OptionError, RequestError
@@ -169,10 +170,13 @@ class Server:
         too_large = Refused(413, f"the body is larger than {limit} bytes", "invalid_request_error", "body_too_large")
         if int(request.headers.get("content-length") or 0) > limit:
             raise too_large
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > limit:
-                raise too_large
+        try:
+            async for chunk in request.stream():
+                data += chunk
+                if len(data) > limit:
+                    raise too_large
+        except ClientDisconnect:
+            raise Refused(499, "the client left", "client_error") from None
         try:
             body = kind.model_validate_json(bytes(data))
         except ValidationError as error:
