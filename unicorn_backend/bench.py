@@ -154,7 +154,7 @@ def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peer
     for peer in peers:
         size = peer.gguf.stat().st_size
         run = partial(peer.run, work.prompt_tokens, work.new_tokens)
-        systems.append(System(peer.name, run, None, size, size, note=peer.gguf.name))
+        systems.append(System(peer.name, run, None, size, size, note=" ".join((*peer.command[1:], peer.gguf.name))))
     return systems
 
 
