@@ -17,14 +17,17 @@ struct alignas(64) TileShapes {
 // The tile registers of this thread. Libraries that use AMX too (oneDNN inside torch) find their shapes again.
 class TileRegisters {
  public:
-  TileRegisters() { _tile_storeconfig(&before_); }
-  ~TileRegisters() { _tile_loadconfig(&before_); }
+  TileRegisters() = default;
+  ~TileRegisters() {
+    if (now_[0] != 0) _tile_loadconfig(&before_);
+  }
   TileRegisters(const TileRegisters&) = delete;
   TileRegisters& operator=(const TileRegisters&) = delete;
 
   // Sums 0 to 3, activations 4 and 5 of blocks of so many tokens, weights 6 and 7.
   void shape(int64_t first, int64_t second) {
     if (first == now_[0] && second == now_[1]) return;
+    if (now_[0] == 0) _tile_storeconfig(&before_);
     now_[0] = first, now_[1] = second;
     TileShapes shapes;
     shapes.palette = 1;

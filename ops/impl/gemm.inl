@@ -11,7 +11,7 @@ struct Tile {
 
 #ifdef UNICORN_AVX512
 
-constexpr int64_t kDepth = 16;  // groups unpacked at a time: two tiles take 36 KB
+constexpr int64_t kDepth = 32;  // groups unpacked at a time: two tiles take 36 KB
 constexpr int kPairTokens = 8;  // sixteen dot products under way
 
 // Some groups of a tile, 8 bits per value.

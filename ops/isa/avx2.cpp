@@ -10,22 +10,11 @@ namespace unicorn {
 
 namespace {
 
-#include "../simd.h"
-// in this order
-#include "../impl/rows.inl"
-// uses rows.inl
-#include "../impl/matmul.inl"
-// uses matmul.inl
-#include "../impl/gemm.inl"
-// uses rows.inl
-#include "../impl/lookup.inl"
-// uses matmul.inl
-#include "../impl/probe.inl"
+#include "../impl/all.inl"
 
 }  // namespace
 
-extern const Kernels kernels_avx2;
-const Kernels kernels_avx2 = {"avx2", quantize, linear, gate, norm, rotary, embedding, activations, read, dots};
+UNICORN_KERNELS(avx2)
 
 }  // namespace unicorn
 #endif

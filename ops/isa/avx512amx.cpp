@@ -13,25 +13,11 @@ namespace unicorn {
 
 namespace {
 
-#include "../simd.h"
-// in this order
-#include "../impl/rows.inl"
-// uses rows.inl
-#include "../impl/matmul.inl"
-// uses matmul.inl
-#include "../impl/amx.inl"
-// uses amx.inl
-#include "../impl/gemm.inl"
-// uses rows.inl
-#include "../impl/lookup.inl"
-// uses matmul.inl
-#include "../impl/probe.inl"
+#include "../impl/all.inl"
 
 }  // namespace
 
-extern const Kernels kernels_avx512amx;
-const Kernels kernels_avx512amx = {"avx512amx", quantize,  linear,      gate, norm,
-                                   rotary,      embedding, activations, read, dots};
+UNICORN_KERNELS(avx512amx)
 
 }  // namespace unicorn
 #endif

@@ -12,23 +12,11 @@ namespace unicorn {
 
 namespace {
 
-#include "../simd.h"
-// in this order
-#include "../impl/rows.inl"
-// uses rows.inl
-#include "../impl/matmul.inl"
-// uses matmul.inl
-#include "../impl/gemm.inl"
-// uses rows.inl
-#include "../impl/lookup.inl"
-// uses matmul.inl
-#include "../impl/probe.inl"
+#include "../impl/all.inl"
 
 }  // namespace
 
-extern const Kernels kernels_avx512vnni;
-const Kernels kernels_avx512vnni = {"avx512vnni", quantize,  linear,      gate, norm,
-                                    rotary,       embedding, activations, read, dots};
+UNICORN_KERNELS(avx512vnni)
 
 }  // namespace unicorn
 #endif
