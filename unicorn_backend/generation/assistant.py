@@ -17,7 +17,7 @@ import torch
 
 from unicorn_backend import models
 from unicorn_backend.errors import OptionError
-from unicorn_backend.generation.drafting import MAX_DRAFT, Costs, Drafter
+from unicorn_backend.generation.drafting import MAX_DRAFT, Costs, Drafter, Odds, best_length
 from unicorn_backend.generation.prefix import PrefixStore, cut
 
 MARGIN = 1.1
@@ -74,17 +74,8 @@ class Experience:
 
     def __init__(self) -> None:
         self.costs = Costs()  # of one drafted token
-        self._hits, self._trials = PRIOR_HITS, PRIOR_TRIALS
+        self.odds = Odds(PRIOR_HITS, PRIOR_TRIALS, MEMORY)  # that a drafted token is right, if those before it were
         self._decoding_s = self._trying_s = 0.0
-
-    @property
-    def rate(self) -> float:
-        """How often a drafted token was right lately, if those before it were."""
-        return self._hits / self._trials
-
-    def learn(self, hit: bool) -> None:
-        fade = 1 - 1 / MEMORY
-        self._hits, self._trials = self._hits * fade + hit, self._trials * fade + 1
 
     def spent(self, seconds: float, trying: bool) -> None:
         """Time of a draft or of checking it; trying: it was not expected to pay."""
@@ -116,7 +107,7 @@ class AssistedDrafter:
             if not self._pending:
                 break
             hit = self._pending[0] == token
-            self._assistant.experience.learn(hit)
+            self._assistant.experience.odds.learn(hit)
             self._pending = self._pending[1:] if hit else []
 
     def propose(self, room: int) -> list[int]:
@@ -147,22 +138,14 @@ class AssistedDrafter:
         if one is None or room < 1:
             return 0
         cost = each / one if each is not None else PRIOR_COST
-        if best := self._best(self._assistant.experience.rate, cost, room):
+        if best := self._best(self._assistant.experience.odds.rate, cost, room):
             return best if each is not None else min(best, TRIAL)
         self._trying = self._best(1.0, cost, room) > 0 and self._assistant.experience.may_be_tried()
         return min(TRIAL, room) if self._trying else 0
 
     def _best(self, rate: float, cost: float, room: int) -> int:
         """The length with most tokens per second at this rate of right ones; 0 if none gains `MARGIN`."""
-        best, gain = 0, MARGIN
-        expected = chance = 1.0
-        for count in range(1, room + 1):
-            chance *= rate
-            expected += chance
-            ratio = expected / (self._lookup.costs.relative(count + 1) + count * cost)
-            if ratio > gain:
-                best, gain = count, ratio
-        return best
+        return best_length(rate, self._lookup.costs, room, MARGIN, each=cost)
 
     @torch.no_grad()
     def draft(self, count: int) -> list[int]:

@@ -40,22 +40,16 @@ class Drafter:
         self.costs = costs if costs is not None else Costs()
         self._ids: list[int] = []
         self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> where it ended last, before the present one
-        self._hits = {n: PRIOR_HITS for n in NGRAMS}
-        self._trials = {n: PRIOR_TRIALS for n in NGRAMS}
+        self._odds = {n: Odds(PRIOR_HITS, PRIOR_TRIALS, MEMORY) for n in NGRAMS}
         self._found = (0, 0)  # length of the context found at the end, and where its continuation starts
 
     def extend(self, tokens: Sequence[int]) -> None:
         for token in tokens:
             size, start = self._found
             if size:
-                self._learn(size, self._ids[start] == token)
+                self._odds[size].learn(self._ids[start] == token)
             self._ids.append(token)
             self._found = self._look_up()
-
-    def _learn(self, size: int, hit: bool) -> None:
-        fade = 1 - 1 / MEMORY
-        self._hits[size] = self._hits[size] * fade + hit
-        self._trials[size] = self._trials[size] * fade + 1
 
     def _look_up(self) -> tuple[int, int]:
         """The longest context that occurred before; remembers where the present ones end."""
@@ -73,22 +67,14 @@ class Drafter:
 
     def rate(self, size: int) -> float:
         """Estimated chance that the next token is the one that followed a context of this length."""
-        return self._hits[size] / self._trials[size]
+        return self._odds[size].rate
 
     def propose(self, room: int) -> list[int]:
         """At most `room` tokens; none if no draft promises `MARGIN` more tokens per second than going without."""
         size, start = self._found
         if not size:
             return []
-        rate = self.rate(size)
-        best, gain = 0, MARGIN
-        expected = chance = 1.0
-        for count in range(1, min(self.max_draft, room) + 1):
-            chance *= rate
-            expected += chance
-            ratio = expected / self.costs.relative(count + 1)
-            if ratio > gain:
-                best, gain = count, ratio
+        best = best_length(self.rate(size), self.costs, min(self.max_draft, room), MARGIN)
         return self._continuation(start, best)
 
     def _continuation(self, start: int, count: int) -> list[int]:
@@ -101,6 +87,36 @@ class Drafter:
 
     def finish(self) -> None:
         """The sequence is over; nothing of it is kept."""
+
+
+class Odds:
+    """How often something was right lately; `memory` trials are remembered, older ones fade."""
+
+    def __init__(self, hits: float, trials: float, memory: float) -> None:
+        self._hits, self._trials, self._fade = hits, trials, 1 - 1 / memory
+
+    @property
+    def rate(self) -> float:
+        return self._hits / self._trials
+
+    def learn(self, hit: bool) -> None:
+        self._hits, self._trials = self._hits * self._fade + hit, self._trials * self._fade + 1
+
+
+def best_length(rate: float, costs: Costs, most: int, margin: float, each: float = 0.0) -> int:
+    """The length of a draft with most tokens per second, its tokens right at this rate if those before them were.
+
+    0 where none promises `margin` times those without. each: of drafting a token, in calls of the model.
+    """
+    best, gain = 0, margin
+    expected = chance = 1.0
+    for count in range(1, most + 1):
+        chance *= rate
+        expected += chance
+        ratio = expected / (costs.relative(count + 1) + count * each)
+        if ratio > gain:
+            best, gain = count, ratio
+    return best
 
 
 class Costs:
