@@ -17,12 +17,14 @@ from torch import Tensor
 from unicorn_backend.ops import ACTIVATIONS
 from unicorn_backend.runtime.vulkan.kernels import (
     BLOCK,
-    TYPES,
     Kernels,
     Stage,
     Weights,
     item_bytes,
+    norm_scale,
     submit_tokens,
+    wrong_type,
+    wrong_width,
 )
 from unicorn_backend.runtime.vulkan.logical import UPLOAD, Buffer, LogicalDevice
 from unicorn_backend.runtime.vulkan.variants import Variant
@@ -104,25 +106,18 @@ class Call(NamedTuple):
 
     def refusal(self) -> str:
         x, residual = self.x, self.residual
-        if x.dtype not in TYPES:
-            return f"activations are {x.dtype}"
+        if wrong := wrong_type(x):
+            return wrong
         if residual is not None and (
             residual.dtype != x.dtype
             or residual.shape[-1] != self.n
             or residual.numel() != x.numel() // x.shape[-1] * self.n
         ):
             return f"the residual is {residual.dtype} {list(residual.shape)}"
-        if self.n % 2 and x.dtype != torch.float32:
-            return f"rows of {self.n} 16-bit values do not end on a word"
-        return ""
+        return wrong_width(self.n, x.dtype)
 
     def result(self, rows: Tensor) -> Tensor:
         return rows.view(*self.x.shape[:-1], self.n)
-
-
-def norm_scale(w: Tensor | None, offset: float, width: int) -> Tensor:
-    """fp32 [width]: what a norm multiplies with."""
-    return torch.ones(width) if w is None else w.detach().float() + offset
 
 
 class FfnKernels(Kernels):
@@ -147,10 +142,7 @@ class FfnKernels(Kernels):
         a = ((4, self._a), (5, self._a_scale))
         p = ((4, self._p), (5, self._p_scale))
         return [
-            Stage(
-                self.row_pipeline("norm_quant", shape.k, shape.pre_eps),
-                ((0, self.inputs[0]), (1, pre), (6, self._a), (7, self._a_scale)),
-            ),
+            self.quantize_input(shape.k, shape.pre_eps, pre),
             Stage(
                 self.product("gate_up", tokens),
                 ((0, w0), (1, s0), (2, w1), (3, s1), *a, (6, self._p), (7, self._p_scale)),

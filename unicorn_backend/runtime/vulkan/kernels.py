@@ -50,6 +50,22 @@ def item_bytes(dtype: torch.dtype) -> int:
     return 4 if dtype == torch.float32 else 2
 
 
+def norm_scale(w: Tensor | None, offset: float, width: int) -> Tensor:
+    """fp32 [width]: what a norm multiplies with."""
+    return torch.ones(width) if w is None else w.detach().float() + offset
+
+
+def wrong_type(x: Tensor) -> str:
+    """Why no shader takes activations of this dtype; "" if they do."""
+    return "" if x.dtype in TYPES else f"activations are {x.dtype}"
+
+
+def wrong_width(width: int, dtype: torch.dtype, what: str = "rows") -> str:
+    """Why results of this width cannot be written, which is done by words; "" if they can."""
+    odd = width % 2 and dtype != torch.float32
+    return f"{what} of {width} 16-bit values do not end on a word" if odd else ""
+
+
 class Shape(Protocol):
     """Everything that pipelines and buffers of an op depend on; hashable."""
 
@@ -168,6 +184,8 @@ class Kernels(ABC):
     """Pipelines and scratch buffers of one shape, shared by all layers that have it."""
 
     inputs: list[Buffer]
+    _a: Buffer  # int8 activations, and their scales
+    _a_scale: Buffer
 
     def __init__(
         self, device: LogicalDevice, variant: Variant, shape: Any, width: int, dtype: torch.dtype | None = None
@@ -195,6 +213,11 @@ class Kernels(ABC):
         """int8 values and fp32 scales of `max_tokens` rows."""
         groups = self.shape.max_tokens * -(-k // GROUP)
         return self.buffer(groups * GROUP), self.buffer(groups * 4)
+
+    def quantize_input(self, k: int, eps: float | None, scale: Buffer) -> Stage:
+        """The first input's rows, normed with `scale` unless `eps` is None, into `_a` and `_a_scale`."""
+        bound = ((0, self.inputs[0]), (1, scale), (6, self._a), (7, self._a_scale))
+        return Stage(self.row_pipeline("norm_quant", k, eps), bound)
 
     def free(self) -> None:
         for buffer in self._made:

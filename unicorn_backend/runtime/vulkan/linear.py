@@ -26,6 +26,8 @@ from unicorn_backend.runtime.vulkan.kernels import (
     Weights,
     item_bytes,
     submit_tokens,
+    wrong_type,
+    wrong_width,
 )
 from unicorn_backend.runtime.vulkan.logical import UPLOAD, Buffer, LogicalDevice
 from unicorn_backend.runtime.vulkan.variants import Variant
@@ -92,11 +94,7 @@ class Call(NamedTuple):
         return [torch.zeros(1) if self.bias is None else self.bias]
 
     def refusal(self) -> str:
-        if self.x.dtype not in TYPES:
-            return f"activations are {self.x.dtype}"
-        if self.n % 2 and self.x.dtype != torch.float32:
-            return f"rows of {self.n} 16-bit values do not end on a word"
-        return ""
+        return wrong_type(self.x) or wrong_width(self.n, self.x.dtype)
 
     def result(self, rows: Tensor) -> Tensor:
         return rows.view(*self.x.shape[:-1], self.n)
@@ -112,13 +110,10 @@ class LinearKernels(Kernels):
 
     def stages(self, weights: Weights, tokens: int) -> list[Stage]:
         (bias,) = weights.floats
-        quantize = Stage(
-            self.row_pipeline("norm_quant", self.shape.k, None),
-            ((0, self.inputs[0]), (1, bias), (6, self._a), (7, self._a_scale)),
-        )
         (pieces,) = weights.lists
         shape, bound = self.shape, ((3, bias), (4, self._a), (5, self._a_scale), (6, self.out))
         target = Target(TYPES[shape.dtype], shape.bias, 0, shape.n)
+        quantize = self.quantize_input(shape.k, None, bias)
         return [quantize, *product_stages(self, pieces, bound, (shape.k, shape.n), target, tokens)]
 
     def grids(self, weights: Weights, tokens: int, many: bool) -> list[tuple[int, int]]:

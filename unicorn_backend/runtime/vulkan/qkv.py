@@ -13,7 +13,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unicorn_backend.runtime.vulkan.ffn import norm_scale
 from unicorn_backend.runtime.vulkan.kernels import (
     BLOCK,
     TYPES,
@@ -21,7 +20,10 @@ from unicorn_backend.runtime.vulkan.kernels import (
     Stage,
     Weights,
     item_bytes,
+    norm_scale,
     submit_tokens,
+    wrong_type,
+    wrong_width,
 )
 from unicorn_backend.runtime.vulkan.linear import Target, product_grids, product_stages
 from unicorn_backend.runtime.vulkan.logical import UPLOAD, LogicalDevice
@@ -130,14 +132,12 @@ class Call(NamedTuple):
         return [norm_scale(self.norm_w, self.norm_offset, self.x.shape[-1]), torch.cat(norms), bias]
 
     def refusal(self) -> str:
-        if self.x.dtype not in TYPES:
-            return f"activations are {self.x.dtype}"
+        if wrong := wrong_type(self.x):
+            return wrong
         if self.cos is not None and self.sin is not None:
             if self.cos.dtype != self.sin.dtype or self.cos.dtype not in TYPES:
                 return f"cos and sin are {self.cos.dtype} and {self.sin.dtype}"
-        if self.head_dim % 2 and self.x.dtype != torch.float32:
-            return f"heads of {self.head_dim} 16-bit values do not end on a word"
-        return ""
+        return wrong_width(self.head_dim, self.x.dtype, "heads")
 
     def result(self, rows: Tensor) -> tuple[Tensor, ...]:
         shape = self.shape
@@ -159,8 +159,7 @@ class QkvKernels(Kernels):
     def stages(self, weights: Weights, tokens: int) -> list[Stage]:
         shape = self.shape
         pre, scales, bias = weights.floats
-        quantize = self.row_pipeline("norm_quant", shape.k, shape.pre_eps)
-        stages = [Stage(quantize, ((0, self.inputs[0]), (1, pre), (6, self._a), (7, self._a_scale)))]
+        stages = [self.quantize_input(shape.k, shape.pre_eps, pre)]
         bound = ((3, bias), (4, self._a), (5, self._a_scale), (6, self._y))
         first = 0
         for pieces, heads in zip(weights.lists, shape.each, strict=True):
