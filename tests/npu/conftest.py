@@ -1,15 +1,16 @@
-"""Host-compiled kernels, built once per session and design."""
+"""Host-compiled kernels, built once per session and design, and devices of a test's own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from unicorn_backend.runtime.npu import designs, host_model
+from unicorn_backend.runtime import close_devices
+from unicorn_backend.runtime.npu import designs, emulator, host_model
 
 Launch = Callable[[designs.Design, list[NDArray[np.uint8]]], NDArray[np.uint8]]
 
@@ -34,3 +35,24 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         return buffers[-1]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tests of a module build and look for kernels."""
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture
+def clean(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No device is open, before and after; the emulator has no faults."""
+    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(kernels))
+    monkeypatch.setattr(emulator, "faults", emulator.Faults())
+    close_devices()
+    yield
+    close_devices()
+
+
+@pytest.fixture
+def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("UNICORN_NPU_EMULATE", "1")

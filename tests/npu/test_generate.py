@@ -6,7 +6,7 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,26 +19,8 @@ from unicorn_backend.runtime.npu import emulator
 from unicorn_backend.runtime.npu.device import NpuDevice
 from unicorn_backend.runtime.npu.engine import CHAIN, NpuEngine, NumpyEngine
 
+pytestmark = pytest.mark.usefixtures("clean")
 PROMPT, NEW = 40, 10
-
-
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(autouse=True)
-def clean(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(kernels))
-    monkeypatch.setattr(emulator, "faults", emulator.Faults())
-    close_devices()
-    yield
-    close_devices()
-
-
-@pytest.fixture
-def emulate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNICORN_NPU_EMULATE", "1")
 
 
 def generate(model: Any, devices: tuple[str, ...] = ("cpu", "npu"), **options: Any) -> tuple[torch.Tensor, Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,19 +22,7 @@ from unicorn_backend.runtime.npu.regions import AttentionRegion
 __all__ = ["make_short"]  # a fixture
 
 
-@pytest.fixture(scope="module")
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("kernels")
-
-
-@pytest.fixture(autouse=True)
-def emulated(kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(kernels))
-    monkeypatch.setenv("UNICORN_NPU_EMULATE", "1")
-    monkeypatch.setattr(emulator, "faults", emulator.Faults())
-    close_devices()
-    yield
-    close_devices()
+pytestmark = pytest.mark.usefixtures("clean", "emulate")
 
 
 @pytest.mark.parametrize("kind", masks(1, 1))
