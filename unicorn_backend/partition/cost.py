@@ -124,12 +124,8 @@ def _rate(rates: Rates, scheme: str, tokens: int, cached: bool) -> float | None:
 
 # Multiply-adds per second and thread, in 1e9: some two thirds of the units' peak at 4 GHz.
 MACS_PER_THREAD = {"avx512amx": 400.0, "avx512vnni": 175.0, "avx2": 60.0, "portable": 2.0}
-FLOAT_MACS_PER_THREAD = {
-    "avx512amx": 60.0,
-    "avx512vnni": 60.0,
-    "avx2": 30.0,
-    "portable": 2.0,
-}  # attention; float weights
+# Of attention and float weights.
+FLOAT_MACS_PER_THREAD = {"avx512amx": 60.0, "avx512vnni": 60.0, "avx2": 30.0, "portable": 2.0}
 READ_GBPS, READ_GBPS_PER_THREAD = 45.0, 15.0  # dual-channel DDR5; what one core of it can read
 
 

@@ -66,8 +66,8 @@ class Scaling:
 def find(model: nn.Module, ids: Tensor) -> tuple[list[Link], list[str]]:
     """(links of a float model, why others are none). ids: int64 [1, T], tokens for the trials."""
     ids = ids[:, :TRIED]
-    candidates = [*_after_norms(model, ids), *_inside_blocks(model)]
-    plain = _logits(model, ids)
+    after_norms, plain = _after_norms(model, ids)
+    candidates = [*after_norms, *_inside_blocks(model)]
     links, refused = [], []
     for kind, group in groupby(sorted(candidates, key=lambda link: link.kind), key=lambda link: link.kind):
         found = list(group)
@@ -141,8 +141,8 @@ def _offset(norm: nn.Module) -> float | None:
     return None
 
 
-def _after_norms(model: nn.Module, ids: Tensor) -> Iterator[Link]:
-    """Linears whose input is the very tensor that a norm gave."""
+def _after_norms(model: nn.Module, ids: Tensor) -> tuple[list[Link], Tensor]:
+    """Linears whose input is the very tensor that a norm gave; the logits of the run that shows it."""
     given: dict[int, tuple[str, Tensor]] = {}
     taken: dict[str, list[str]] = {}
 
@@ -166,12 +166,14 @@ def _after_norms(model: nn.Module, ids: Tensor) -> Iterator[Link]:
                 hooks.callback(module.register_forward_pre_hook(look(name)).remove)
             elif [weight.dim() for weight in module.parameters()] == [1]:
                 hooks.callback(module.register_forward_hook(note(name)).remove)
-        _logits(model, ids)
+        logits = _logits(model, ids)
+    links = []
     for name, linears in taken.items():
         norm = model.get_submodule(name)
         if _offset(norm) is not None:
             kind = "between norm and " + ", ".join(linear.rpartition(".")[2] for linear in linears)
-            yield Link(kind, name, tuple(linears), torch.arange(len(norm.weight)))  # type: ignore[arg-type]
+            links.append(Link(kind, name, tuple(linears), torch.arange(len(norm.weight))))  # type: ignore[arg-type]
+    return links, logits
 
 
 def _inside_blocks(model: nn.Module) -> Iterator[Link]:
