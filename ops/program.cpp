@@ -1,16 +1,22 @@
 // A lowered graph: dispatcher calls and integer arithmetic over numbered values, run without Python.
 //
 // Why: a decode step is some 150 calls. From generated Python one costs 10 to 30 us (argument parsing, the
-// interpreter lock), from here about 1 us. unicorn_backend/graph/lower.py builds it.
+// interpreter lock), from here about 1 us. unicorn_backend/graph/lower.py builds it. `bind` fixes some inputs, the
+// weights, for many runs: what is computed with them alone is then prepared once (prepared.h).
 #include <ATen/ATen.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/record_function.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/custom_class.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <mutex>
 #include <stdexcept>
+
+#include "prepared.h"
 
 namespace unicorn {
 
@@ -89,15 +95,16 @@ class Trace {
     return on;
   }
 
-  static void call(const c10::OperatorHandle& op, Stack& stack) {
-    const std::string& name = op.operator_name().name;
-    if (name.rfind("unicorn::", 0) != 0) return op.callBoxed(stack);
-    const auto sizes = [&](size_t i) {
-      return i < stack.size() && stack[i].isTensor() ? stack[i].toTensor().sizes().vec() : std::vector<int64_t>();
+  // Runs `body`. `first` and `second` are its arguments, null where there are none.
+  template <class Body>
+  static void call(const std::string& name, const IValue* first, const IValue* second, const Body& body) {
+    if (name.rfind("unicorn::", 0) != 0) return body();
+    const auto sizes = [](const IValue* value) {
+      return value != nullptr && value->isTensor() ? value->toTensor().sizes().vec() : std::vector<int64_t>();
     };
-    Event event{name, sizes(0), sizes(1), 0};
+    Event event{name, sizes(first), sizes(second), 0};
     const auto start = std::chrono::steady_clock::now();
-    op.callBoxed(stack);
+    body();
     const auto time = std::chrono::steady_clock::now() - start;
     std::get<3>(event) = std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
     const std::lock_guard<std::mutex> lock(mutex());
@@ -120,7 +127,25 @@ class Trace {
   }
 };
 
+// One call of a graph, of an operator or of an integer function.
+struct Step {
+  std::optional<c10::OperatorHandle> op;
+  Binary function;
+  std::vector<Argument> arguments;
+  int64_t first, results;
+  std::vector<int64_t> dead;  // values that nothing reads after this step
+  const Preparation* preparation;
+};
+
+// True where nobody but the kernel wants to see a call: no gradients, profiler or dispatch mode.
+bool unobserved() {
+  return !at::GradMode::is_enabled() && !c10::impl::TorchDispatchModeTLS::any_modes_set() &&
+         !at::getStepCallbacksUnlessEmpty(at::RecordScope::FUNCTION).has_value();
+}
+
 }  // namespace
+
+class Bound;
 
 class Program : public torch::CustomClassHolder {
  public:
@@ -140,7 +165,7 @@ class Program : public torch::CustomClassHolder {
     const auto handle = c10::Dispatcher::singleton().findSchemaOrThrow(op.c_str(), overload.c_str());
     const auto& schema = handle.schema();
     TORCH_CHECK(counts.size() == schema.arguments().size(), "program: ", schema, " got ", counts.size(), " arguments");
-    Step step{handle, nullptr, {}, values_, static_cast<int64_t>(schema.returns().size()), {}};
+    Step step{handle, nullptr, {}, values_, static_cast<int64_t>(schema.returns().size()), {}, preparation_of(op)};
     auto next = from.begin();
     for (size_t i = 0; i < counts.size(); ++i) {
       Argument argument;
@@ -157,7 +182,7 @@ class Program : public torch::CustomClassHolder {
 
   // An integer function of two values. Returns the number of the result.
   int64_t compute(const std::string& function, int64_t a, int64_t b) {
-    Step step{{}, integer_functions().at(function), {}, values_, 1, {}};
+    Step step{{}, integer_functions().at(function), {}, values_, 1, {}, nullptr};
     step.arguments = {{{a}, false, {}}, {{b}, false, {}}};
     return add(std::move(step));
   }
@@ -170,17 +195,9 @@ class Program : public torch::CustomClassHolder {
 
   void outputs(const std::vector<int64_t>& values) { outputs_ = values; }
 
-  c10::List<IValue> run(const c10::List<IValue>& inputs) const {
-    TORCH_CHECK(static_cast<int64_t>(inputs.size()) == inputs_, "program: got ", inputs.size(), " inputs, expected ",
-                inputs_);
-    try {
-      return run_steps(inputs);
-    } catch (const c10::IndexError& error) {  // a class of torch's reports every error as a RuntimeError: lower.py
-      throw std::runtime_error(std::string("IndexError: ") + error.what_without_backtrace());
-    } catch (const c10::ValueError& error) {
-      throw std::runtime_error(std::string("ValueError: ") + error.what_without_backtrace());
-    }
-  }
+  // Runs with these inputs at these places (ascending), and what is given to `Bound::run` at the others.
+  static c10::intrusive_ptr<Bound> bind(const c10::intrusive_ptr<Program>& program, const std::vector<int64_t>& places,
+                                        const c10::List<IValue>& inputs);
 
   // Times the calls of all programs from here on, or no longer.
   static void trace(bool on) { Trace::on() = on; }
@@ -193,59 +210,12 @@ class Program : public torch::CustomClassHolder {
   }
 
  private:
-  struct Step {
-    std::optional<c10::OperatorHandle> op;
-    Binary function;
-    std::vector<Argument> arguments;
-    int64_t first, results;
-    std::vector<int64_t> dead;
-  };
+  friend class Bound;
 
   int64_t add(Step step) {
     values_ += step.results;
     steps_.push_back(std::move(step));
     return steps_.back().first;
-  }
-
-  const IValue& at(const std::vector<IValue>& values, int64_t number) const {
-    return number < 0 ? constants_[~number] : values[number];
-  }
-
-  void push(Stack& stack, const std::vector<IValue>& values, const Argument& argument) const {
-    if (!argument.list) {
-      stack.push_back(as_argument(at(values, argument.from[0]), *argument.type));
-      return;
-    }
-    c10::impl::GenericList list(argument.type);
-    list.reserve(argument.from.size());
-    for (const int64_t number : argument.from) list.push_back(as_argument(at(values, number), *argument.type));
-    stack.push_back(std::move(list));
-  }
-
-  c10::List<IValue> run_steps(const c10::List<IValue>& inputs) const {
-    // Without gradients the autograd kernels only pass on. Views are still tracked.
-    std::optional<at::AutoDispatchBelowAutograd> below;
-    if (!at::GradMode::is_enabled()) below.emplace();
-    std::vector<IValue> values(values_);
-    for (int64_t i = 0; i < inputs_; ++i) values[i] = inputs.get(i);
-    Stack stack;
-    const bool traced = Trace::on().load(std::memory_order_relaxed);
-    for (const Step& step : steps_) {
-      if (step.function != nullptr) {
-        values[step.first] = step.function(integer(at(values, step.arguments[0].from[0])),
-                                           integer(at(values, step.arguments[1].from[0])));
-      } else {
-        stack.clear();
-        for (const Argument& argument : step.arguments) push(stack, values, argument);
-        traced ? Trace::call(*step.op, stack) : step.op->callBoxed(stack);
-        for (int64_t i = 0; i < step.results; ++i) values[step.first + i] = std::move(stack[i]);
-      }
-      for (const int64_t dead : step.dead) values[dead] = IValue();
-    }
-    c10::List<IValue> results(c10::AnyType::get());
-    results.reserve(outputs_.size());
-    for (const int64_t number : outputs_) results.push_back(at(values, number));
-    return results;
   }
 
   int64_t inputs_, values_;
@@ -254,9 +224,162 @@ class Program : public torch::CustomClassHolder {
   std::vector<int64_t> outputs_;
 };
 
+class Bound : public torch::CustomClassHolder {
+ public:
+  Bound(c10::intrusive_ptr<Program> program, std::vector<int64_t> places, c10::List<IValue> inputs)
+      : program_(std::move(program)), places_(std::move(places)), inputs_(std::move(inputs)) {
+    TORCH_CHECK(places_.size() == inputs_.size(), "program: got ", inputs_.size(), " inputs for ", places_.size(),
+                " places");
+    values_.resize(program_->values_);
+    fixed_.resize(program_->values_);
+    for (size_t i = 0; i < places_.size(); ++i) {
+      TORCH_CHECK(places_[i] >= 0 && places_[i] < program_->inputs_, "program: no input ", places_[i]);
+      values_[places_[i]] = inputs_.get(i);
+      fixed_[places_[i]] = true;
+    }
+    for (int64_t i = 0; i < program_->inputs_; ++i) {
+      if (!fixed_[i]) open_.push_back(i);
+    }
+    prepared_.resize(program_->steps_.size());
+    for (size_t i = 0; i < prepared_.size(); ++i) prepared_[i].can = can_prepare(program_->steps_[i]);
+  }
+
+  c10::List<IValue> run(const c10::List<IValue>& inputs) {
+    TORCH_CHECK(inputs.size() == open_.size(), "program: got ", inputs.size(), " inputs, expected ", open_.size());
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    if (!lock.owns_lock()) return Bound(program_, places_, inputs_).run(inputs);  // another thread is in it
+    try {
+      return run_steps(inputs);
+    } catch (const c10::IndexError& error) {  // a class of torch's reports every error as a RuntimeError: lower.py
+      throw std::runtime_error(std::string("IndexError: ") + error.what_without_backtrace());
+    } catch (const c10::ValueError& error) {
+      throw std::runtime_error(std::string("ValueError: ") + error.what_without_backtrace());
+    }
+  }
+
+ private:
+  // A step's prepared op, made when it first runs.
+  struct Slot {
+    bool can = false;
+    std::unique_ptr<Prepared> op;
+  };
+
+  // What is not fixed goes when a run ends, however it ends.
+  struct Sweep {
+    Bound& bound;
+    ~Sweep() {
+      for (size_t i = 0; i < bound.values_.size(); ++i) {
+        if (!bound.fixed_[i]) bound.values_[i] = IValue();
+      }
+    }
+  };
+
+  bool can_prepare(const Step& step) const {
+    if (step.preparation == nullptr) return false;
+    const std::vector<size_t>& changing = step.preparation->changing;
+    for (size_t i = 0; i < step.arguments.size(); ++i) {
+      if (std::find(changing.begin(), changing.end(), i) != changing.end()) continue;
+      for (const int64_t number : step.arguments[i].from) {
+        if (number >= 0 && !fixed_[number]) return false;
+      }
+    }
+    return true;
+  }
+
+  const IValue& at(int64_t number) const { return number < 0 ? program_->constants_[~number] : values_[number]; }
+
+  void push(Stack& stack, const Argument& argument) const {
+    if (!argument.list) {
+      stack.push_back(as_argument(at(argument.from[0]), *argument.type));
+      return;
+    }
+    c10::impl::GenericList list(argument.type);
+    list.reserve(argument.from.size());
+    for (const int64_t number : argument.from) list.push_back(as_argument(at(number), *argument.type));
+    stack.push_back(std::move(list));
+  }
+
+  void fill(Stack& stack, const Step& step) const {
+    stack.clear();
+    for (const Argument& argument : step.arguments) push(stack, argument);
+  }
+
+  // A prepared op, or false: it goes through the dispatcher.
+  bool run_prepared(const Step& step, Slot& slot, Stack& stack) {
+    if (slot.op == nullptr) {
+      fill(stack, step);
+      slot.op = step.preparation->make(stack);
+      slot.can = slot.op != nullptr;
+      if (!slot.can) return false;
+    }
+    constexpr size_t kMost = 8;
+    const IValue* changing[kMost];
+    const std::vector<size_t>& places = step.preparation->changing;
+    TORCH_INTERNAL_ASSERT(places.size() <= kMost);
+    for (size_t i = 0; i < places.size(); ++i) changing[i] = &at(step.arguments[places[i]].from[0]);
+    slot.op->run(changing, &values_[step.first]);
+    return true;
+  }
+
+  void run_step(const Step& step, Slot& slot, Stack& stack, bool direct) {
+    if (direct && slot.can && run_prepared(step, slot, stack)) return;
+    fill(stack, step);
+    step.op->callBoxed(stack);
+    for (int64_t i = 0; i < step.results; ++i) values_[step.first + i] = std::move(stack[i]);
+  }
+
+  const IValue* single(const Step& step, size_t place) const {
+    return place < step.arguments.size() && !step.arguments[place].list ? &at(step.arguments[place].from[0]) : nullptr;
+  }
+
+  c10::List<IValue> run_steps(const c10::List<IValue>& inputs) {
+    // Without gradients the autograd kernels only pass on. Views are still tracked.
+    std::optional<at::AutoDispatchBelowAutograd> below;
+    if (!at::GradMode::is_enabled()) below.emplace();
+    const Sweep sweep{*this};
+    for (size_t i = 0; i < open_.size(); ++i) values_[open_[i]] = inputs.get(i);
+    Stack stack;
+    const bool traced = Trace::on().load(std::memory_order_relaxed), direct = unobserved();
+    for (size_t i = 0; i < program_->steps_.size(); ++i) {
+      const Step& step = program_->steps_[i];
+      if (step.function != nullptr) {
+        values_[step.first] =
+            step.function(integer(at(step.arguments[0].from[0])), integer(at(step.arguments[1].from[0])));
+      } else if (traced) {
+        Trace::call(step.op->operator_name().name, single(step, 0), single(step, 1),
+                    [&] { run_step(step, prepared_[i], stack, direct); });
+      } else {
+        run_step(step, prepared_[i], stack, direct);
+      }
+      for (const int64_t dead : step.dead) {
+        if (!fixed_[dead]) values_[dead] = IValue();
+      }
+    }
+    c10::List<IValue> results(c10::AnyType::get());
+    results.reserve(program_->outputs_.size());
+    for (const int64_t number : program_->outputs_) results.push_back(at(number));
+    return results;
+  }
+
+  c10::intrusive_ptr<Program> program_;
+  std::vector<int64_t> places_;
+  c10::List<IValue> inputs_;
+  std::vector<IValue> values_;  // by number; between runs only the fixed ones
+  std::vector<bool> fixed_;
+  std::vector<int64_t> open_;  // the inputs that `run` is given
+  std::vector<Slot> prepared_;
+  std::mutex mutex_;
+};
+
+c10::intrusive_ptr<Bound> Program::bind(const c10::intrusive_ptr<Program>& program, const std::vector<int64_t>& places,
+                                        const c10::List<IValue>& inputs) {
+  return c10::make_intrusive<Bound>(program, places, inputs);
+}
+
 }  // namespace unicorn
 
 TORCH_LIBRARY_FRAGMENT(unicorn, m) {
+  m.class_<unicorn::Bound>("Bound").def("run", &unicorn::Bound::run);
   m.class_<unicorn::Program>("Program")
       .def(torch::init<int64_t>())
       .def("constant", &unicorn::Program::constant)
@@ -264,7 +387,7 @@ TORCH_LIBRARY_FRAGMENT(unicorn, m) {
       .def("compute", &unicorn::Program::compute)
       .def("drop", &unicorn::Program::drop)
       .def("outputs", &unicorn::Program::outputs)
-      .def("run", &unicorn::Program::run)
+      .def("bind", &unicorn::Program::bind)
       .def_static("trace", &unicorn::Program::trace)
       .def_static("traced", &unicorn::Program::traced)
       .def_static("functions", &unicorn::Program::functions);

@@ -15,25 +15,28 @@ namespace unicorn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-inline DType dtype_of(const Tensor& t, const char* what) {
-  TORCH_CHECK(t.device().is_cpu(), what, ": got a tensor on ", t.device(), ", unicorn runs on the CPU");
+// Names are put together where a check fails only: making them took longer than the checks.
+inline DType dtype_of(const Tensor& t, const char* op, const char* name) {
+  TORCH_CHECK(t.device().is_cpu(), "unicorn::", op, ": ", name, ": got a tensor on ", t.device(),
+              ", unicorn runs on the CPU");
   const auto type = t.scalar_type();
-  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, what, ": got dtype ", type,
-              ", allowed are bfloat16, float16 and float32");
+  TORCH_CHECK(type == at::kFloat || type == at::kBFloat16 || type == at::kHalf, "unicorn::", op, ": ", name,
+              ": got dtype ", type, ", allowed are bfloat16, float16 and float32");
   return type == at::kFloat ? DType::f32 : type == at::kBFloat16 ? DType::bf16 : DType::f16;
 }
 
-// Arguments whose dense copies must outlive the call.
+// Structures of kernels.h from tensors; it owns the memory that they point to.
 class Arguments {
  public:
   explicit Arguments(const char* op) : op_(op) {}
 
   Array array(const Tensor& t, const char* name, int64_t numel = -1) {
-    const DType dtype = dtype_of(t, label(name).c_str());
+    const DType dtype = dtype_of(t, op_, name);
     TORCH_CHECK(numel < 0 || t.numel() == numel, label(name), ": got shape ", t.sizes(), ", expected ", numel,
                 " elements");
-    kept_.push_back(t.contiguous());
-    return {kept_.back().const_data_ptr(), dtype};
+    const Tensor dense = t.contiguous();
+    kept_.push_back(dense.storage());
+    return {dense.const_data_ptr(), dtype};
   }
   Array array(const OptionalTensor& t, const char* name, int64_t numel) { return t ? array(*t, name, numel) : Array{}; }
   Rows rows(const Tensor& x, int64_t width = -1) {
@@ -100,6 +103,7 @@ class Arguments {
       default:
         break;
     }
+    for (const Tensor& t : list) kept_.push_back(t.storage());
     if (third == at::kHalf) w.extra = reinterpret_cast<const uint16_t*>(list[2].const_data_ptr<at::Half>());
     return w;
   }
@@ -134,10 +138,10 @@ class Arguments {
   }
 
   const char* op_;
-  std::vector<Tensor> kept_;
+  std::vector<c10::Storage> kept_;
 };
 
-inline Out out_of(Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t, "unicorn: result")}; }
+inline Out out_of(Tensor& t) { return {t.mutable_data_ptr(), dtype_of(t, "result", "")}; }
 
 inline Act activation_of(c10::string_view name) {
   if (name == "gelu_tanh") return Act::gelu_tanh;

@@ -1,47 +1,26 @@
 // The unicorn:: ops for torch: checks, memory, and the way of weights that are not quantized.
-#include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <omp.h>
 #include <torch/library.h>
 
 #include <cmath>
 
-#include "threads.h"
-#include "torch_arguments.h"
+#include "torch_regions.h"
 
 namespace unicorn {
 
 namespace {
 
-using at::TensorList;
-using OptionalFloat = std::optional<double>;
-
 bool is_float(TensorList w) { return w.size() == 1; }
 
-// Memory of this thread's calls: one piece for the regions, one for attention.
-Workspace& workspace() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
-Workspace& attention_workspace() {
-  thread_local Workspace workspace;
-  return workspace;
-}
-
-int threads() { return at::in_parallel_region() ? 1 : at::get_num_threads(); }
-
-std::vector<int64_t> with_last(const Tensor& x, int64_t n) {
-  std::vector<int64_t> shape = x.sizes().vec();
-  shape.back() = n;
-  return shape;
-}
+int64_t width_of(const Tensor& x, const char* op) { return Arguments(op).rows(x).width; }
 
 // A float weight: torch's own linear in the weight's dtype, as eager does it.
-Tensor float_linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n, const char* what) {
-  dtype_of(w[0], what);
-  TORCH_CHECK(w[0].dim() == 2 && w[0].size(0) == n && w[0].size(1) == x.size(-1), what, ": got shape ", w[0].sizes(),
-              ", expected [", n, ", ", x.size(-1), "]");
+Tensor float_linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n, const char* op,
+                    const char* name) {
+  dtype_of(w[0], op, name);
+  TORCH_CHECK(w[0].dim() == 2 && w[0].size(0) == n && w[0].size(1) == x.size(-1), "unicorn::", op, ": ", name,
+              ": got shape ", w[0].sizes(), ", expected [", n, ", ", x.size(-1), "]");
   const auto type = w[0].scalar_type();
   return at::linear(x.to(type), w[0], bias ? bias->to(type) : OptionalTensor{});
 }
@@ -52,7 +31,7 @@ Tensor project(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_
                const char* op, const char* name) {
   Arguments arguments(op);
   if (is_float(w)) {
-    return float_linear(x.to(eager), w, bias, n, arguments.label(name).c_str()).to(at::kFloat);
+    return float_linear(x.to(eager), w, bias, n, op, name).to(at::kFloat);
   }
   Tensor y = at::empty(with_last(x, n), x.options().dtype(at::kFloat));
   const Rows rows = arguments.rows(x);
@@ -82,15 +61,9 @@ Tensor finish(const Tensor& y, const OptionalTensor& w, const OptionalFloat& eps
 }
 
 Tensor linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n) {
-  Arguments arguments("linear");
-  const Rows rows = arguments.rows(x);
-  if (is_float(w)) {
-    return float_linear(x, w, bias, n, arguments.label("w").c_str()).to(x.scalar_type());
-  }
-  Tensor y = at::empty(with_last(x, n), x.options());
-  run_linear(rows, {}, arguments.weight(w, n, rows.width, "w"), arguments.array(bias, "bias", n), {}, out_of(y),
-             workspace(), threads());
-  return y;
+  const int64_t width = width_of(x, "linear");
+  if (is_float(w)) return float_linear(x, w, bias, n, "linear", "w").to(x.scalar_type());
+  return LinearRegion(width, w, bias, n)(x);
 }
 
 // experts [M, k] -> the slots in the order of their experts, the experts hit, and where each one's slots begin.
@@ -164,30 +137,6 @@ Tensor rms_norm(const Tensor& x, const OptionalTensor& w, double eps, double off
   return finish(x, w, eps, offset, {}, x.scalar_type(), "rms_norm");
 }
 
-struct Heads {
-  TensorList w;
-  OptionalTensor bias, norm_w;
-  OptionalFloat eps;
-  int64_t heads;
-  const char *weight_name, *norm_name;
-};
-
-void check_qkv(const Tensor& x, const OptionalTensor& cos, const OptionalTensor& sin, int64_t heads, int64_t kv_heads,
-               int64_t head_dim) {
-  const char* op = "unicorn::int8_qkv: ";
-  TORCH_CHECK(x.dim() == 3, op, "x: got shape ", x.sizes(), ", expected [B, T, K]");
-  TORCH_CHECK(heads > 0 && kv_heads > 0 && head_dim > 0, op, "heads, kv_heads and head_dim must be positive, got ",
-              heads, ", ", kv_heads, ", ", head_dim);
-  TORCH_CHECK(cos.has_value() == sin.has_value(), op, "cos and sin: give both or none");
-  if (!cos) return;
-  for (const Tensor& t : {*cos, *sin}) {
-    TORCH_CHECK(t.dim() == 3 && (t.size(0) == 1 || t.size(0) == x.size(0)) && t.size(1) == x.size(1) &&
-                    t.size(2) <= head_dim && t.size(2) % 2 == 0 && t.sizes() == cos->sizes(),
-                op, "cos/sin: got shape ", t.sizes(), ", expected [1 or ", x.size(0), ", ", x.size(1),
-                ", an even number up to ", head_dim, "]");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptionalTensor& norm_w,
                                             const OptionalFloat& norm_eps, double norm_offset, TensorList wq,
                                             TensorList wk, TensorList wv, TensorList bias,
@@ -195,49 +144,23 @@ std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptionalTenso
                                             const OptionalFloat& qk_norm_eps, double qk_norm_offset,
                                             const OptionalTensor& cos, const OptionalTensor& sin, int64_t heads,
                                             int64_t kv_heads, int64_t head_dim, bool interleaved, bool v_norm) {
-  check_qkv(x, cos, sin, heads, kv_heads, head_dim);
+  const bool packed = !is_float(wq) && !is_float(wk) && !is_float(wv);
+  const TensorList none;
+  const QkvRegion region(width_of(x, "int8_qkv"), norm_w, norm_eps, norm_offset, packed ? wq : none, packed ? wk : none,
+                         packed ? wv : none, bias, q_norm_w, k_norm_w, qk_norm_eps, qk_norm_offset, heads, kv_heads,
+                         head_dim, interleaved, v_norm);
+  if (packed) return region(x, cos, sin);
   Arguments arguments("int8_qkv");
-  const auto b = arguments.biases(bias);
-  const Heads parts[3] = {{wq, b[0], q_norm_w, qk_norm_eps, heads, "wq", "q_norm_w"},
-                          {wk, b[1], k_norm_w, qk_norm_eps, kv_heads, "wk", "k_norm_w"},
-                          {wv, b[2], {}, v_norm ? qk_norm_eps : OptionalFloat{}, kv_heads, "wv", ""}};
-  QkvArgs args;
-  args.x = arguments.rows(x);
-  args.B = x.size(0);
-  args.T = x.size(1);
-  args.head_dim = head_dim;
-  args.interleaved = interleaved;
-  args.shared_cos = cos && cos->size(0) == 1;
-  if (cos) {
-    args.rotary_dim = cos->size(2);
-    args.cos = arguments.array(*cos, "cos");
-    args.sin = arguments.array(*sin, "sin");
-  }
   Tensor out[3];
-  for (int i = 0; i < 3; ++i) {
-    const Heads& p = parts[i];
-    out[i] = at::empty({args.B, p.heads, args.T, head_dim}, x.options());
-    args.part[i].norm = arguments.norm(p.norm_w, p.eps, qk_norm_offset, head_dim, p.norm_name);
-    args.part[i].rotate = i < 2;
-    args.part[i].heads = p.heads;
-    args.part[i].out = out_of(out[i]);
-  }
-  if (!is_float(wq) && !is_float(wk) && !is_float(wv)) {
-    args.norm = arguments.norm(norm_w, norm_eps, norm_offset, args.x.width, "norm_w");
-    for (int i = 0; i < 3; ++i) {
-      const int64_t n = parts[i].heads * head_dim;
-      args.part[i].w = arguments.weight(parts[i].w, n, args.x.width, parts[i].weight_name);
-      args.part[i].bias = arguments.array(parts[i].bias, "bias", n);
-    }
-    run_qkv(args, workspace(), threads());
-    return {out[0], out[1], out[2]};
-  }
+  const QkvArgs args = region.begin(x, cos, sin, out, arguments);
   const Tensor h = normed(x, norm_w, norm_eps, norm_offset, "int8_qkv");
+  const auto b = arguments.biases(bias);
+  const TensorList weights[3] = {wq, wk, wv};
+  const char* const names[3] = {"wq", "wk", "wv"};
   for (int i = 0; i < 3; ++i) {
     const Projection& p = args.part[i];
     const int64_t n = p.heads * head_dim;
-    const Tensor y =
-        project(h, parts[i].w, parts[i].bias, n, x.scalar_type(), "int8_qkv", parts[i].weight_name).contiguous();
+    const Tensor y = project(h, weights[i], b[i], n, x.scalar_type(), "int8_qkv", names[i]).contiguous();
     run_rotary({p.norm, y.const_data_ptr<float>(), n, args.B, args.T, p.heads, head_dim, p.rotate ? args.cos : Array{},
                 p.rotate ? args.sin : Array{}, args.rotary_dim, args.interleaved, args.shared_cos, p.out},
                threads());
@@ -245,91 +168,19 @@ std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptionalTenso
   return {out[0], out[1], out[2]};
 }
 
-void set_mask(AttentionArgs& args, Tensor& mask) {
-  if (mask.scalar_type() == at::kDouble) mask = mask.to(at::kFloat);
-  TORCH_CHECK(mask.device().is_cpu(), "unicorn::int8_attention: mask: got device ", mask.device());
-  if (mask.scalar_type() == at::kBool) {
-    args.mask_kind = MaskKind::boolean;
-  } else {
-    const DType type = dtype_of(mask, "unicorn::int8_attention: mask (or bool)");
-    args.mask_kind = type == DType::f32 ? MaskKind::f32 : type == DType::bf16 ? MaskKind::bf16 : MaskKind::f16;
-  }
-  const int64_t sizes[4] = {args.B, args.H, args.T, args.S};
-  const int64_t missing = 4 - mask.dim();
-  TORCH_CHECK(missing >= 0, "unicorn::int8_attention: mask: got shape ", mask.sizes(), ", expected at most four dims");
-  for (int64_t i = 0; i < 4; ++i) {
-    const int64_t size = i < missing ? 1 : mask.size(i - missing);
-    TORCH_CHECK(size == sizes[i] || size == 1, "unicorn::int8_attention: mask: got shape ", mask.sizes(),
-                ", expected one that broadcasts to ", at::IntArrayRef(sizes));
-    args.mask_stride[i] = size == 1 ? 0 : mask.stride(i - missing);
-  }
-  args.mask = mask.const_data_ptr();
-}
-
-// K and V as int8 rows (quantize_rows), which carry their scale.
-bool packed_rows(const Tensor& t) { return t.scalar_type() == at::kChar; }
-
-int64_t row_width(const Tensor& t) { return t.size(3) - (packed_rows(t) ? kRowScale : 0); }
-
-// q k^T, softmax, v: fp32 [B, T, H * Dv] in `out`.
-void attend(Tensor q, Tensor k, Tensor v, OptionalTensor mask, bool causal, double scale, double softcap, Tensor& out) {
-  AttentionArgs args{};
-  args.dtype = packed_rows(k) ? DType::i8 : dtype_of(q, "unicorn::int8_attention: q");
-  if (packed_rows(k)) q = q.to(at::kFloat);
-  int64_t* strides[3] = {args.q_stride, args.k_stride, args.v_stride};
-  Tensor* tensors[3] = {&q, &k, &v};
-  for (int i = 0; i < 3; ++i) {
-    Tensor& t = *tensors[i];
-    if (t.stride(3) != 1) t = t.contiguous();
-    for (int d = 0; d < 3; ++d) strides[i][d] = t.stride(d);
-  }
-  args.q = q.const_data_ptr();
-  args.k = k.const_data_ptr();
-  args.v = v.const_data_ptr();
-  args.B = q.size(0), args.H = q.size(1), args.T = q.size(2), args.D = q.size(3);
-  args.Hkv = k.size(1), args.S = k.size(2), args.Dv = row_width(v);
-  if (mask) set_mask(args, *mask);
-  args.causal = causal;
-  args.scale = static_cast<float>(scale);
-  args.softcap = static_cast<float>(softcap);
-  args.out = out.mutable_data_ptr<float>();
-  args.threads = threads();
-  args.workspace = attention_workspace().reserve(attention_workspace_bytes(args));
-  attention(args);
-}
-
-void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
-  const char* op = "unicorn::int8_attention: ";
-  TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, op, "q, k, v: got shapes ", q.sizes(), ", ", k.sizes(),
-              ", ", v.sizes(), ", expected four dims each");
-  dtype_of(q, "unicorn::int8_attention: q");
-  TORCH_CHECK(v.scalar_type() == k.scalar_type() && (packed_rows(k) || k.scalar_type() == q.scalar_type()), op,
-              "q, k, v: got dtypes ", q.scalar_type(), ", ", k.scalar_type(), ", ", v.scalar_type(),
-              ", expected three equal ones, or k and v from unicorn::quantize_rows");
-  TORCH_CHECK(k.device().is_cpu() && v.device().is_cpu(), op, "k and v must be on the CPU");
-  TORCH_CHECK(k.size(0) == q.size(0) && v.size(0) == q.size(0) && row_width(k) == q.size(3) && v.size(1) == k.size(1) &&
-                  v.size(2) == k.size(2) && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
-              op, "q, k, v: shapes do not match: ", q.sizes(), ", ", k.sizes(), ", ", v.sizes());
-}
-
 Tensor int8_attention(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, bool causal,
                       double scale, double softcap, TensorList wo, const OptionalTensor& bo, int64_t n,
                       const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
                       const OptionalTensor& residual) {
   check_attention(q, k, v);
-  Arguments arguments("int8_attention");
-  Tensor joined = at::empty({q.size(0), q.size(2), q.size(1) * row_width(v)}, q.options().dtype(at::kFloat));
-  attend(q, k, v, mask, causal, scale, softcap, joined);
-  if (is_float(wo)) {
-    const Tensor y = project(joined, wo, bo, n, q.scalar_type(), "int8_attention", "wo");
-    return finish(y, post_w, post_eps, post_offset, residual, q.scalar_type(), "int8_attention");
+  if (!is_float(wo)) {
+    const AttentionRegion region(q.size(1) * row_width(v), causal, scale, softcap, wo, bo, n, post_w, post_eps,
+                                 post_offset);
+    return region(q, k, v, mask, residual);
   }
-  Tensor out = at::empty({q.size(0), q.size(2), n}, q.options());
-  const Rows rows = arguments.rows(joined);
-  run_linear(rows, {}, arguments.weight(wo, n, rows.width, "wo"), arguments.array(bo, "bo", n),
-             arguments.post(post_w, post_eps, post_offset, residual, rows.rows, n), out_of(out), workspace(),
-             threads());
-  return out;
+  const Tensor joined = attended(q, k, v, mask, causal, scale, softcap);
+  const Tensor y = project(joined, wo, bo, n, q.scalar_type(), "int8_attention", "wo");
+  return finish(y, post_w, post_eps, post_offset, residual, q.scalar_type(), "int8_attention");
 }
 
 Tensor product_of(Act act, const Tensor& gate, const Tensor& up) {
@@ -342,20 +193,14 @@ Tensor int4_ffn(const Tensor& x, const OptionalTensor& norm_w, const OptionalFlo
                 TensorList wg, TensorList wu, TensorList wd, TensorList bias, c10::string_view act, int64_t f,
                 int64_t n, const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
                 const OptionalTensor& residual) {
-  Arguments arguments("int4_ffn");
-  const Rows rows = arguments.rows(x);
   const Act activation = activation_of(act);
-  const auto b = arguments.biases(bias);
   if (!is_float(wg) && !is_float(wu) && !is_float(wd)) {
-    Tensor out = at::empty(with_last(x, n), x.options());
-    run_ffn({rows, arguments.norm(norm_w, norm_eps, norm_offset, rows.width, "norm_w"),
-             arguments.weight(wg, f, rows.width, "wg"), arguments.weight(wu, f, rows.width, "wu"),
-             arguments.weight(wd, n, f, "wd"), arguments.array(b[0], "bias[0]", f), arguments.array(b[1], "bias[1]", f),
-             arguments.array(b[2], "bias[2]", n), activation,
-             arguments.post(post_w, post_eps, post_offset, residual, rows.rows, n), out_of(out)},
-            workspace(), threads());
-    return out;
+    const FfnRegion region(width_of(x, "int4_ffn"), norm_w, norm_eps, norm_offset, wg, wu, wd, bias, activation, f, n,
+                           post_w, post_eps, post_offset);
+    return region(x, residual);
   }
+  Arguments arguments("int4_ffn");
+  const auto b = arguments.biases(bias);
   const auto type = x.scalar_type();
   const Tensor h = normed(x, norm_w, norm_eps, norm_offset, "int4_ffn");
   const Tensor gate = project(h, wg, b[0], f, type, "int4_ffn", "wg");

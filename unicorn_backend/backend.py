@@ -6,6 +6,7 @@ Registered under the name "unicorn" by the entry point group `torch_dynamo_backe
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,8 @@ from unicorn_backend.graph.describe import describe, parameter_names
 from unicorn_backend.graph.lower import lower
 from unicorn_backend.graph.pattern import Reason
 from unicorn_backend.graph.rewrite import rewrite
-from unicorn_backend.integration import compile_cache, prepare, torch_hooks
+from unicorn_backend.integration import compile_cache, prepare, torch_hooks, weights_once
+from unicorn_backend.integration.weights_once import split
 from unicorn_backend.options import Options
 from unicorn_backend.partition.place import place
 from unicorn_backend.plan import Left, Plan
@@ -80,20 +82,26 @@ def finish(normal: GraphModule, plan: Plan, options: Options) -> Callable[..., A
     graph, sites = place(normal, plan, options)
     _report(plan, options)
     lowered = lower(graph)
-    run: Callable[..., Any] = graph.forward if isinstance(lowered, str) else lowered
     if isinstance(lowered, str):
         log.info("graph %d runs as generated Python: %s", plan.graph, lowered)
-    return _keeping(sites, run) if sites else run
+        run = split(graph.forward, functools.partial(_bind, graph.forward))
+    else:
+        run = split(lowered, lowered.bind)
+    run._sites = sites  # type: ignore[attr-defined]  # what it calls by number lives as long as it does
+    return run
 
 
-def _keeping(sites: Sequence[Any], run: Callable[..., Any]) -> Callable[..., Any]:
-    """`run`, with what it calls by number kept alive as long as it is."""
+def _bind(run: Callable[..., Any], places: Sequence[int], inputs: Sequence[Any]) -> Callable[..., Any]:
+    """`run` with `inputs` at `places` (ascending) fixed."""
+    fixed = list(zip(places, inputs, strict=True))
 
-    def kept(*inputs: Any) -> Any:
-        return run(*inputs)
+    def bound(*others: Any) -> Any:
+        every = list(others)
+        for at, value in fixed:
+            every.insert(at, value)
+        return run(*every)
 
-    kept._sites = sites  # type: ignore[attr-defined]
-    return kept
+    return bound
 
 
 def reset() -> None:
@@ -146,4 +154,5 @@ def _report(plan: Plan, options: Options) -> None:
 
 assets.load_native()
 torch_hooks.install()
+weights_once.install()
 compile_cache.install(torch_hooks.options_of_callback, load)

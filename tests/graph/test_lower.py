@@ -1,6 +1,8 @@
 """The native program of a graph does what the graph's own Python does."""
 
 import operator
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch.fx import Graph, GraphModule
 
 from unicorn_backend.assets import load_native
 from unicorn_backend.graph.lower import lower
+
+from ..ops.support import make_weight
 
 load_native()
 aten = torch.ops.aten
@@ -135,3 +139,77 @@ def test_memory_is_let_go_after_the_last_use():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     run(torch.zeros(8 << 20))  # 32 MB
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 32 * 1024
+
+
+def ffn_graph(g, x, *weights):
+    gate, up, down = weights[:2], weights[2:4], weights[4:]
+    ffn = torch.ops.unicorn.int4_ffn.default
+    args = (x, None, None, 0.0, list(gate), list(up), list(down), [], "gelu_tanh", 64, 32, None, None, 0.0, x)
+    y = g.call_function(ffn, args)
+    return [g.call_function(ffn, (y, *args[1:-1], y))]
+
+
+def ffn_weights():
+    torch.manual_seed(0)
+    shapes = ((64, 32), (64, 32), (32, 64))
+    return [t for n, k in shapes for t in make_weight(n, k, "w4g32")]
+
+
+def test_bound_inputs_give_the_same_bits():
+    weights = ffn_weights()
+    gm = graph(ffn_graph, 1 + len(weights))
+    run = lower(gm)
+    bound = run.bind(range(1, 1 + len(weights)), weights)
+    with torch.no_grad():
+        for tokens in (1, 3, 1):  # what was prepared for one size serves every other
+            x = torch.randn(2, tokens, 32)
+            assert torch.equal(bound(x)[0], run(x, *weights)[0]) and torch.equal(bound(x)[0], gm(x, *weights)[0])
+
+
+def test_a_prepared_op_still_checks_what_it_is_given():
+    weights = ffn_weights()
+    bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)
+    with torch.no_grad():
+        bound(torch.randn(1, 1, 32))
+        with pytest.raises(RuntimeError, match=r"int4_ffn: x: got last dim 64, expected 32"):
+            bound(torch.randn(1, 1, 64))
+        with pytest.raises(RuntimeError, match="got 2 inputs, expected 1"):
+            bound(torch.randn(1, 1, 32), torch.randn(1))
+
+
+def test_only_bound_inputs_are_kept():
+    weights = ffn_weights()
+    bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)
+    x = torch.randn(1, 1, 32)
+    watched = weakref.ref(x)
+    with torch.no_grad():
+        out = bound(x)[0]
+    users = torch._C._storage_Use_Count(x.untyped_storage()._cdata)
+    del x
+    assert watched() is None and users <= 2  # the tensor's, and that of the handle which asks
+    assert torch._C._storage_Use_Count(out.untyped_storage()._cdata) <= 2
+
+
+def test_one_bound_program_in_several_threads():
+    weights = ffn_weights()
+    bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)
+    inputs = [torch.randn(1, 5, 32) for _ in range(4)]
+
+    def many(x):
+        with torch.no_grad():
+            return [bound(x)[0] for _ in range(200)]
+
+    expected = [many(x)[0] for x in inputs]
+    with ThreadPoolExecutor(4) as pool:
+        for got, want in zip(pool.map(many, inputs), expected, strict=True):
+            assert all(torch.equal(one, want) for one in got)
+
+
+def test_the_profiler_and_gradients_see_every_call():
+    weights = ffn_weights()
+    bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        bound(torch.randn(1, 1, 32))
+    assert sum(event.name == "unicorn::int4_ffn" for event in profile.events()) == 2
+    with pytest.raises(RuntimeError, match="inference only"):
+        bound(torch.randn(1, 1, 32, requires_grad=True))

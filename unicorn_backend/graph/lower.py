@@ -23,7 +23,7 @@ _MEMORY_FORMATS = {  # the only kind of constant that torch does not convert for
     torch.channels_last_3d: 3,
 }
 _CONSTANTS = (Tensor, bool, int, float, str, torch.dtype, torch.layout, torch.device)
-_ERRORS: dict[str, type[Exception]] = {"IndexError": IndexError, "ValueError": ValueError}  # see Program::run
+_ERRORS: dict[str, type[Exception]] = {"IndexError": IndexError, "ValueError": ValueError}  # see Bound::run
 _SYMBOLIC = {torch.sym_min: "sym_min", torch.sym_max: "sym_max"}
 
 
@@ -31,25 +31,43 @@ class _CannotLower(Exception):
     """Something in the graph that a Program has no step for."""
 
 
-def lower(gm: GraphModule) -> Callable[..., Any] | str:
+def lower(gm: GraphModule) -> Lowered | str:
     """A callable with the inputs and outputs of `gm`, or why there is none.
 
     There is none for graphs with something else than ATen and custom operators and integer arithmetic
     (higher-order operators, for example); such a graph runs as the Python that FX generates.
     """
     try:
-        program = _Lowering(gm).program
+        return Lowered(_Lowering(gm).program)
     except _CannotLower as reason:
         return str(reason)
 
-    def run(*inputs: Any) -> tuple[Any, ...]:
-        try:
-            return tuple(program.run(inputs))
-        except RuntimeError as error:
-            kind, _, text = str(error).partition(": ")
-            raise _ERRORS.get(kind, RuntimeError)(text if kind in _ERRORS else str(error)) from None
 
-    return run
+class Lowered:
+    """A native program as a function."""
+
+    def __init__(self, program: Any) -> None:
+        self._program = program
+        self._run = self.bind((), ())
+
+    def __call__(self, *inputs: Any) -> tuple[Any, ...]:
+        return self._run(*inputs)
+
+    def bind(self, places: Sequence[int], inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
+        """The function with `inputs` at `places` (ascending) fixed: it takes the others.
+
+        What ops need of fixed inputs is checked and read once, the first time.
+        """
+        bound = self._program.bind(list(places), list(inputs))
+
+        def run(*others: Any) -> tuple[Any, ...]:
+            try:
+                return tuple(bound.run(others))
+            except RuntimeError as error:
+                kind, _, text = str(error).partition(": ")
+                raise _ERRORS.get(kind, RuntimeError)(text if kind in _ERRORS else str(error)) from None
+
+        return run
 
 
 class _Lowering:

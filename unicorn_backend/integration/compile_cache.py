@@ -20,6 +20,7 @@ dropped, and a loaded graph is left for a recompile in exactly the cases in whic
 from __future__ import annotations
 
 import contextlib
+import enum
 import functools
 import gc
 import hashlib
@@ -477,7 +478,7 @@ _GLOBAL = frozenset(
     "AUTOGRAD_SAVED_TENSORS_HOOKS DUAL_LEVEL FUNCTORCH_STACK_MATCH SHAPE_ENV".split()
 )
 # identity of these is found again by their name or contents; of any other object it is not
-_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType)
+_NAMED = (type, types.FunctionType, types.BuiltinFunctionType, types.ModuleType, types.CodeType, enum.Enum)
 
 
 def _expected(kind: str, extra: dict[str, Any], value: Any, other: Any, sizes: Any, describer: Describer) -> Any:

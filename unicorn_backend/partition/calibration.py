@@ -444,5 +444,4 @@ def _program(calls: Sequence[Call]) -> Callable[[], Any]:
     graph.output((nodes[-1],))  # its op has one result; all others are dropped where nothing reads them
     run = lower(GraphModule(torch.nn.Module(), graph))
     assert not isinstance(run, str), run
-    tensors = [tensor for _, tensor in inputs.values()]
-    return lambda: run(*tensors)
+    return run.bind(range(len(inputs)), [tensor for _, tensor in inputs.values()])
