@@ -12,7 +12,8 @@ struct Tile {
 #ifdef UNICORN_AVX512
 
 constexpr int64_t kDepth = 32;  // groups unpacked at a time: two tiles take 36 KB
-constexpr int kPairTokens = 8;  // sixteen dot products under way
+// Twelve dot products and twelve sums leave registers for the weights; with 8 tokens the sums go to the stack and back.
+constexpr int kPairTokens = 6;
 
 // Some groups of a tile, 8 bits per value.
 struct Unpacked {
@@ -44,6 +45,7 @@ void two_times(const Unpacked* w, const vi* zero_point, Cursor a, int64_t groups
 #pragma GCC unroll 16
   for (int i = 0; i < 2 * T; ++i) sum[i] = load(out + kRows * i);
   for (int64_t g = 0; g < groups; ++g, a.next()) {
+    prefetch_activations<T>(a, 6);  // behind the last group it is what another tile or nobody reads: no harm
     vi dot[2 * T];
 #pragma GCC unroll 8
     for (int t = 0; t < T; ++t) {
@@ -194,16 +196,23 @@ bool multiply_two(const Tile&, const Tile&, const Activations&, Range, float*) {
 
 #endif
 
-// Tokens at a time: their activations stay in half of a 1 MiB L2 while all weights pass by.
+// Tokens at a time: their activations pass once per two tiles, all weights once per chunk. With AVX-512 it pays to take
+// many, whose weights are unpacked once, and to read activations from L3; without, half of a 1 MiB L2 is better.
 constexpr int64_t kMostTokens = 512;
-#ifdef UNICORN_AMX
+#if defined(UNICORN_AMX)
 constexpr int64_t kActivationBytes = 1 << 20;
+#elif defined(UNICORN_AVX512)
+constexpr int64_t kActivationBytes = 4 << 20;
 #else
 constexpr int64_t kActivationBytes = 512 << 10;
 #endif
+// Chunks of about the same size: 528 tokens as 512 and 16 would unpack all weights for the 16.
 INLINE int64_t chunk_tokens(const Activations& a) {
-  const int64_t fit = kActivationBytes / (a.groups * kGroup) / kBlock * kBlock;
-  return fit < kBlock ? kBlock : fit > kMostTokens ? kMostTokens : fit;
+  const int64_t fit = kActivationBytes / (a.groups * kGroup);
+  const int64_t most = fit < kBlock ? kBlock : fit > kMostTokens ? kMostTokens : fit / kBlock * kBlock;
+  const int64_t chunks = a.rows > most ? (a.rows + most - 1) / most : 1;
+  const int64_t each = (a.rows + chunks * kBlock - 1) / (chunks * kBlock) * kBlock;
+  return each < kBlock ? kBlock : each;
 }
 
 INLINE vf with_bias(const float* y, const Array& bias, int64_t row, int64_t n) {
