@@ -364,6 +364,8 @@ def test_peer_errors_say_what_is_allowed(tmp_path: Path) -> None:
         bench.Peer.parse(f"llama-bench=/bin/true -m {tmp_path}/missing", None)
     with pytest.raises(UnicornError, match="no usable result"):
         bench.Peer("true", ("/bin/true",), tmp_path).run(1, 1)
+    with pytest.raises(UnicornError, match="exit code 3: no such model"):
+        bench.Peer("sh", ("/bin/sh", "-c", "echo no such model >&2; exit 3"), tmp_path).run(1, 1)
 
 
 @pytest.mark.parametrize("args", [("run", "x", "-m", "/no/such/model"), ("run", "x", "-r", "w3")])

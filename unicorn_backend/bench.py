@@ -82,7 +82,10 @@ class Peer:
             runs = json.loads(output)
             prefill = next(run["avg_ts"] for run in runs if run["n_prompt"] and not run["n_gen"])
             decode = next(run["avg_ts"] for run in runs if run["n_gen"] and not run["n_prompt"])
-        except (subprocess.CalledProcessError, json.JSONDecodeError, KeyError, StopIteration) as error:
+        except subprocess.CalledProcessError as error:
+            last = error.stderr.strip().rpartition("\n")[-1]
+            raise UnicornError(f"peer {self.name} ended with exit code {error.returncode}: {last}") from error
+        except (json.JSONDecodeError, KeyError, StopIteration) as error:
             raise UnicornError(f"peer {self.name} gave no usable result: {error}") from error
         return Timing(float(prefill), float(decode))
 
