@@ -3,6 +3,7 @@
     python benchmarks/decode.py                                  # tiny and gemma3-1b
     python benchmarks/decode.py gemma3-4b --rounds 3
     python benchmarks/decode.py gemma3-1b --peer llama.cpp=PATH --peer 'ik_llama.cpp=PATH -rtr 1' --gguf FILE
+    python benchmarks/decode.py gemma3-1b --peer 'OpenVINO=PYTHON benchmarks/openvino_bench.py -m FOLDER'
 
 The machine should be otherwise idle. Each result carries its provenance and the bandwidth read around it.
 """

@@ -334,6 +334,25 @@ def test_bench_runs_a_peer(tmp_path: Path) -> None:
     assert row["decode_tok_s"]["median"] == 25 and row["prefill_tok_s"]["median"] == 100
 
 
+def test_a_peer_brings_its_own_model(tmp_path: Path) -> None:
+    folder = tmp_path / "other-format"
+    folder.mkdir()
+    (folder / "model.bin").write_bytes(bytes(700))
+    (folder / "model.xml").write_bytes(bytes(50))
+    script = tmp_path / "like_llama_bench.py"
+    script.write_text(
+        "import json, sys\n"
+        "a = dict(zip(sys.argv[1::2], sys.argv[2::2]))\n"
+        f"assert a['-m'] == {str(folder)!r} and sys.argv.count('-m') == 1, sys.argv\n"
+        "print(json.dumps([{'n_prompt': 3, 'n_gen': 0, 'avg_ts': 8 * int(a['-p'])},"
+        " {'n_prompt': 0, 'n_gen': 2, 'avg_ts': int(a['-n'])}]))\n"
+    )
+    peer = bench.Peer.parse(f"other={sys.executable} {script} --x 1 -m {folder}", None)
+    assert peer.run(3, 2) == measure.Timing(24.0, 2.0)
+    assert peer.model_bytes == 750
+    assert peer.note == "like_llama_bench.py --x 1 other-format"  # no path of this machine in a published result
+
+
 def test_peer_errors_say_what_is_allowed(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="NAME=PROGRAM"):
         bench.Peer.parse("ollama", None)
@@ -341,8 +360,12 @@ def test_peer_errors_say_what_is_allowed(tmp_path: Path) -> None:
         bench.Peer.parse("ollama=/no/such/program", None)
     with pytest.raises(OptionError, match="--gguf"):
         bench.Peer.parse("llama-bench=/bin/true", tmp_path / "missing.gguf")
+    with pytest.raises(OptionError, match="after -m"):
+        bench.Peer.parse(f"llama-bench=/bin/true -m {tmp_path}/missing", None)
     with pytest.raises(UnicornError, match="no usable result"):
         bench.Peer("true", ("/bin/true",), tmp_path).run(1, 1)
+    with pytest.raises(UnicornError, match="exit code 3: no such model"):
+        bench.Peer("sh", ("/bin/sh", "-c", "echo no such model >&2; exit 3"), tmp_path).run(1, 1)
 
 
 @pytest.mark.parametrize("args", [("run", "x", "-m", "/no/such/model"), ("run", "x", "-r", "w3")])

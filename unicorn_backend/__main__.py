@@ -434,9 +434,10 @@ def bench(
     threads: Annotated[int, typer.Option(min=0, help="0 leaves torch's choice.")] = 0,
     eager: Annotated[bool, typer.Option("--eager/--no-eager", help="Compare with eager bf16.")] = True,
     peer: Annotated[
-        list[str] | None, typer.Option(metavar="NAME=LLAMA_BENCH", help="Compare with a program; repeat.")
+        list[str] | None,
+        typer.Option(metavar="NAME=LLAMA_BENCH", help="Compare with a program, which may bring its model: -m; repeat."),
     ] = None,
-    gguf: Annotated[Path | None, typer.Option(help="Model file of the peers.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="Model file of the peers that have no -m.")] = None,
     context: Annotated[
         list[int] | None, typer.Option(min=1, help="Also first token and decode after a prompt of so many; repeat.")
     ] = None,
@@ -451,7 +452,8 @@ def bench(
     Examples: `unicorn bench`, `unicorn bench -m gemma3-1b -p 512 -n 128 --output 1b.json`,
     `unicorn bench --context 512 --context 2000`, `unicorn bench --device vulkan --policy fixed`,
     `unicorn bench --compare before.json after.json`,
-    `unicorn bench -m gemma3-1b --peer llama.cpp=./llama-bench --gguf gemma-3-1b-q4_0.gguf`
+    `unicorn bench -m gemma3-1b --peer llama.cpp=./llama-bench --gguf gemma-3-1b-q4_0.gguf`,
+    `unicorn bench -m gemma3-1b --peer 'OpenVINO=PYTHON benchmarks/openvino_bench.py -m FOLDER'`
     """
     if compare is not None:
         changes = benchmark.compare(*map(benchmark.load_result, compare))

@@ -32,15 +32,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Peer:
-    """An external program to run in the same rounds: `llama-bench` of llama.cpp or of a fork of it."""
+    """An external program to run in the same rounds: `llama-bench` of llama.cpp, of a fork of it, or alike."""
 
     name: str
-    command: tuple[str, ...]
-    gguf: Path
+    command: tuple[str, ...]  # without -m and the model
+    model: Path  # a file, or a folder of them
 
     @classmethod
     def parse(cls, spec: str, gguf: Path | None) -> Peer:
-        """From `NAME=PROGRAM [OPTIONS]` and the model file; NAME is what the table calls it."""
+        """From `NAME=PROGRAM [OPTIONS]`; NAME is what the table calls it. `-m` in OPTIONS goes before `gguf`."""
         name, _, line = spec.partition("=")
         command = shlex.split(line)
         if not name or not command or not Path(command[0]).is_file():
@@ -48,19 +48,44 @@ class Peer:
                 f"--peer: got {spec!r}, expected NAME=PROGRAM [OPTIONS] with PROGRAM an existing llama-bench, "
                 "such as 'llama.cpp=./llama-bench'"
             )
-        if gguf is None or not gguf.is_file():
-            raise OptionError(f"--gguf: got {str(gguf)!r}, a peer needs the path of an existing GGUF file")
-        return cls(name, tuple(command), gguf)
+        if "-m" in command[1:-1]:
+            at = command.index("-m", 1)
+            model = Path(command[at + 1])
+            del command[at : at + 2]
+            if not model.exists():
+                raise OptionError(f"--peer: got {spec!r}, expected a model file or folder that exists after -m")
+        elif gguf is None or not gguf.is_file():
+            raise OptionError(
+                f"--gguf: got {str(gguf)!r}, a peer without its own -m needs the path of an existing GGUF file"
+            )
+        else:
+            model = gguf
+        return cls(name, tuple(command), model)
+
+    @property
+    def model_bytes(self) -> int:
+        if self.model.is_file():
+            return self.model.stat().st_size
+        return sum(path.stat().st_size for path in self.model.rglob("*") if path.is_file())
+
+    @property
+    def note(self) -> str:
+        """The options and the model, without the folders that only this machine has."""
+        options = [Path(option).name if Path(option).exists() else option for option in self.command[1:]]
+        return " ".join((*options, self.model.name))
 
     def run(self, prompt_tokens: int, new_tokens: int) -> Timing:
         sizes = ["-p", str(prompt_tokens), "-n", str(new_tokens), "-t", str(torch.get_num_threads())]
-        command = [*self.command, "-m", str(self.gguf), *sizes, "-r", "1", "-o", "json"]
+        command = [*self.command, "-m", str(self.model), *sizes, "-r", "1", "-o", "json"]
         try:
             output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             runs = json.loads(output)
             prefill = next(run["avg_ts"] for run in runs if run["n_prompt"] and not run["n_gen"])
             decode = next(run["avg_ts"] for run in runs if run["n_gen"] and not run["n_prompt"])
-        except (subprocess.CalledProcessError, json.JSONDecodeError, KeyError, StopIteration) as error:
+        except subprocess.CalledProcessError as error:
+            last = error.stderr.strip().rpartition("\n")[-1]
+            raise UnicornError(f"peer {self.name} ended with exit code {error.returncode}: {last}") from error
+        except (json.JSONDecodeError, KeyError, StopIteration) as error:
             raise UnicornError(f"peer {self.name} gave no usable result: {error}") from error
         return Timing(float(prefill), float(decode))
 
@@ -152,9 +177,9 @@ def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peer
         named["eager bf16"] = original
     systems = [_hugging_face(name, model, ids, work) for name, model in named.items()]
     for peer in peers:
-        size = peer.gguf.stat().st_size
+        size = peer.model_bytes
         run = partial(peer.run, work.prompt_tokens, work.new_tokens)
-        systems.append(System(peer.name, run, None, size, size, note=" ".join((*peer.command[1:], peer.gguf.name))))
+        systems.append(System(peer.name, run, None, size, size, note=peer.note))
     return systems
 
 
