@@ -195,9 +195,10 @@ class Program : public torch::CustomClassHolder {
 
   void outputs(const std::vector<int64_t>& values) { outputs_ = values; }
 
-  // Runs with these inputs at these places (ascending), and what is given to `Bound::run` at the others.
+  // Runs with these inputs at these places, and what is given to `Bound::run` at the others. `sizes` has three numbers
+  // for each input that is a size of another one, and not given: its place, the tensor's place, the dimension.
   static c10::intrusive_ptr<Bound> bind(const c10::intrusive_ptr<Program>& program, const std::vector<int64_t>& places,
-                                        const c10::List<IValue>& inputs);
+                                        const c10::List<IValue>& inputs, const std::vector<int64_t>& sizes);
 
   // Times the calls of all programs from here on, or no longer.
   static void trace(bool on) { Trace::on() = on; }
@@ -226,19 +227,29 @@ class Program : public torch::CustomClassHolder {
 
 class Bound : public torch::CustomClassHolder {
  public:
-  Bound(c10::intrusive_ptr<Program> program, std::vector<int64_t> places, c10::List<IValue> inputs)
-      : program_(std::move(program)), places_(std::move(places)), inputs_(std::move(inputs)) {
-    TORCH_CHECK(places_.size() == inputs_.size(), "program: got ", inputs_.size(), " inputs for ", places_.size(),
-                " places");
+  Bound(c10::intrusive_ptr<Program> program, std::vector<int64_t> places, c10::List<IValue> inputs,
+        std::vector<int64_t> sizes)
+      : program_(std::move(program)), places_(std::move(places)), inputs_(std::move(inputs)), sizes_(std::move(sizes)) {
+    TORCH_CHECK(places_.size() == inputs_.size() && sizes_.size() % 3 == 0, "program: got ", inputs_.size(),
+                " inputs for ", places_.size(), " places and ", sizes_.size(), " numbers of sizes");
     values_.resize(program_->values_);
     fixed_.resize(program_->values_);
+    std::vector<bool> given(program_->inputs_);
+    const auto take = [&](int64_t place) {
+      TORCH_CHECK(place >= 0 && place < program_->inputs_ && !given[place], "program: no input ", place);
+      given[place] = true;
+    };
     for (size_t i = 0; i < places_.size(); ++i) {
-      TORCH_CHECK(places_[i] >= 0 && places_[i] < program_->inputs_, "program: no input ", places_[i]);
+      take(places_[i]);
       values_[places_[i]] = inputs_.get(i);
       fixed_[places_[i]] = true;
     }
+    for (size_t i = 0; i < sizes_.size(); i += 3) {
+      take(sizes_[i]);
+      TORCH_CHECK(sizes_[i + 1] >= 0 && sizes_[i + 1] < program_->inputs_, "program: no input ", sizes_[i + 1]);
+    }
     for (int64_t i = 0; i < program_->inputs_; ++i) {
-      if (!fixed_[i]) open_.push_back(i);
+      if (!given[i]) open_.push_back(i);
     }
     prepared_.resize(program_->steps_.size());
     for (size_t i = 0; i < prepared_.size(); ++i) prepared_[i].can = can_prepare(program_->steps_[i]);
@@ -247,7 +258,7 @@ class Bound : public torch::CustomClassHolder {
   c10::List<IValue> run(const c10::List<IValue>& inputs) {
     TORCH_CHECK(inputs.size() == open_.size(), "program: got ", inputs.size(), " inputs, expected ", open_.size());
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) return Bound(program_, places_, inputs_).run(inputs);  // another thread is in it
+    if (!lock.owns_lock()) return Bound(program_, places_, inputs_, sizes_).run(inputs);  // another thread is in it
     try {
       return run_steps(inputs);
     } catch (const c10::IndexError& error) {  // a class of torch's reports every error as a RuntimeError: lower.py
@@ -338,6 +349,9 @@ class Bound : public torch::CustomClassHolder {
     if (!at::GradMode::is_enabled()) below.emplace();
     const Sweep sweep{*this};
     for (size_t i = 0; i < open_.size(); ++i) values_[open_[i]] = inputs.get(i);
+    for (size_t i = 0; i < sizes_.size(); i += 3) {
+      values_[sizes_[i]] = values_[sizes_[i + 1]].toTensor().size(sizes_[i + 2]);
+    }
     Stack stack;
     const bool traced = Trace::on().load(std::memory_order_relaxed), direct = unobserved();
     for (size_t i = 0; i < program_->steps_.size(); ++i) {
@@ -364,6 +378,7 @@ class Bound : public torch::CustomClassHolder {
   c10::intrusive_ptr<Program> program_;
   std::vector<int64_t> places_;
   c10::List<IValue> inputs_;
+  std::vector<int64_t> sizes_;
   std::vector<IValue> values_;  // by number; between runs only the fixed ones
   std::vector<bool> fixed_;
   std::vector<int64_t> open_;  // the inputs that `run` is given
@@ -372,8 +387,8 @@ class Bound : public torch::CustomClassHolder {
 };
 
 c10::intrusive_ptr<Bound> Program::bind(const c10::intrusive_ptr<Program>& program, const std::vector<int64_t>& places,
-                                        const c10::List<IValue>& inputs) {
-  return c10::make_intrusive<Bound>(program, places, inputs);
+                                        const c10::List<IValue>& inputs, const std::vector<int64_t>& sizes) {
+  return c10::make_intrusive<Bound>(program, places, inputs, sizes);
 }
 
 }  // namespace unicorn

@@ -25,9 +25,9 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     seen: list[int] = []
     plain = Lowered.bind
 
-    def bind(self: Lowered, places: Any, inputs: Any) -> Any:
+    def bind(self: Lowered, places: Any, inputs: Any, sizes: Any = ()) -> Any:
         seen.extend([len(inputs)] if inputs else [])
-        return plain(self, places, inputs)
+        return plain(self, places, inputs, sizes)
 
     monkeypatch.setattr(Lowered, "bind", bind)
     yield seen

@@ -91,14 +91,19 @@ def finish(normal: GraphModule, plan: Plan, options: Options) -> Callable[..., A
     return run
 
 
-def _bind(run: Callable[..., Any], places: Sequence[int], inputs: Sequence[Any]) -> Callable[..., Any]:
-    """`run` with `inputs` at `places` (ascending) fixed."""
-    fixed = list(zip(places, inputs, strict=True))
+def _bind(
+    run: Callable[..., Any], places: Sequence[int], inputs: Sequence[Any], sizes: Sequence[tuple[int, int, int]]
+) -> Callable[..., Any]:
+    """What `Lowered.bind` does, for a Python function."""
+    fixed = dict(zip(places, inputs, strict=True))
+    left_out = fixed.keys() | {place for place, _, _ in sizes}
 
     def bound(*others: Any) -> Any:
-        every = list(others)
-        for at, value in fixed:
-            every.insert(at, value)
+        count = len(others) + len(left_out)
+        rest = iter(others)
+        every: list[Any] = [fixed.get(at) if at in left_out else next(rest) for at in range(count)]
+        for at, tensor, dimension in sizes:
+            every[at] = every[tensor].shape[dimension]
         return run(*every)
 
     return bound

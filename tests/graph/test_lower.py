@@ -177,6 +177,19 @@ def test_a_prepared_op_still_checks_what_it_is_given():
             bound(torch.randn(1, 1, 32), torch.randn(1))
 
 
+def test_sizes_of_other_inputs_are_read_off_them():
+    def build(g, x, n, y):
+        return [g.call_function(aten.mul.Tensor, (x, n)), g.call_function(operator.add, (n, 1)), y]
+
+    bound = lower(graph(build, 3)).bind([2], [7], [(1, 0, 1)])
+    for columns in (3, 5):
+        x = torch.randn(2, columns)
+        got = bound(x)
+        assert torch.equal(got[0], x * columns) and got[1:] == (columns + 1, 7)
+    with pytest.raises(RuntimeError, match="no input 2"):
+        lower(graph(build, 3)).bind([2], [7], [(2, 0, 1)])
+
+
 def test_only_bound_inputs_are_kept():
     weights = ffn_weights()
     bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)

@@ -53,12 +53,15 @@ class Lowered:
     def __call__(self, *inputs: Any) -> tuple[Any, ...]:
         return self._run(*inputs)
 
-    def bind(self, places: Sequence[int], inputs: Sequence[Any]) -> Callable[..., tuple[Any, ...]]:
-        """The function with `inputs` at `places` (ascending) fixed: it takes the others.
+    def bind(
+        self, places: Sequence[int], inputs: Sequence[Any], sizes: Sequence[tuple[int, int, int]] = ()
+    ) -> Callable[..., tuple[Any, ...]]:
+        """The function with `inputs` at `places` fixed: it takes the others, in their order.
 
         What ops need of fixed inputs is checked and read once, the first time.
+        sizes: (place, place of a tensor, dimension) of inputs that are the size of another one, and not given either.
         """
-        bound = self._program.bind(list(places), list(inputs))
+        bound = self._program.bind(list(places), list(inputs), [number for triple in sizes for number in triple])
 
         def run(*others: Any) -> tuple[Any, ...]:
             try:

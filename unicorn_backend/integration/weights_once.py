@@ -6,9 +6,10 @@ pushed all of this out of the caches. For our graphs the bytecode asks first whe
 its weights bound, and looks them up only if not:
 
     key = (name of the graph, modules that own the weights)
-    graph.split(key, places of the weights, *other inputs, thread.held.get(key) or (weight, weight, ...))
+    graph.split(key, plan, *other inputs, thread.held.get(key) or (weight, weight, ...))
 
-It is held where `guards_once.py` takes the model for unchanged, and as long.
+It is held where `guards_once.py` takes the model for unchanged, and as long. Inputs that are the size of another input
+(one for each tensor of the KV cache) are not looked up either: the program reads them off that input.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from typing import Any
 import torch
 from torch._dynamo.bytecode_transformation import Instruction, create_call_function, create_dup_top, create_instruction
 from torch._dynamo.codegen import PyCodegen
-from torch._dynamo.source import LocalSource
+from torch._dynamo.source import LocalSource, TensorProperty, TensorPropertySource
 from torch._guards import ChainedSource, Source
 from torch.utils._ordered_set import OrderedSet
 
@@ -30,18 +31,21 @@ from unicorn_backend.integration import model_state, prepare
 TORCH = ("2.13",)  # versions whose bytecode this was written against
 
 Run = Callable[..., Any]
+Plan = tuple[tuple[int, ...], tuple[tuple[int, int, int], ...]]
+"""Places of the weights among a graph's inputs; places of sizes, each with its tensor's place and the dimension."""
 
 
-def split(run: Run, bind: Callable[[Sequence[int], Sequence[Any]], Run]) -> Run:
+def split(run: Run, bind: Callable[[Sequence[int], Sequence[Any], Sequence[tuple[int, int, int]]], Run]) -> Run:
     """`run` with an attribute `split`, which is what the bytecode calls.
 
-    bind(places, inputs): `run` with these inputs at these places; it takes the others.
+    bind(places, inputs, sizes): `run` with these inputs at these places, and these sizes (see `Plan`); it takes the
+    others.
     """
 
-    def call(key: Any, places: tuple[int, ...], *inputs: Any) -> Any:
+    def call(key: Any, plan: Plan, *inputs: Any) -> Any:
         *others, weights = inputs
         if type(weights) is tuple:
-            weights = bind(places, weights)
+            weights = bind(plan[0], weights, plan[1])
             model_state.hold(key, weights)
         return weights(*others)
 
@@ -84,6 +88,18 @@ def _places_of_weights(codegen: PyCodegen) -> list[int]:
     return found
 
 
+def _sizes(codegen: PyCodegen) -> list[tuple[int, int, int]]:
+    """Inputs of the graph that are the size of another one (see `Plan`)."""
+    args = codegen.tx.output.graphargs
+    tensors = {arg.source: place for place, arg in enumerate(args) if isinstance(arg.example, torch.Tensor)}
+    found = []
+    for place, arg in enumerate(args):
+        source = arg.source
+        if isinstance(source, TensorPropertySource) and source.prop is TensorProperty.SIZE and source.base in tensors:
+            found.append((place, tensors[source.base], int(source.idx or 0)))
+    return found
+
+
 def _root(source: Source | None) -> Source | None:
     while isinstance(source, ChainedSource):
         source = source.base
@@ -93,9 +109,12 @@ def _root(source: Source | None) -> Source | None:
 def _write_call(codegen: PyCodegen, fn_name: str, weights: list[int]) -> None:
     """The bytecode of the module's docstring."""
     args = codegen.tx.output.graphargs
-    others = [arg for place, arg in enumerate(args) if place not in set(weights)]
+    sizes = _sizes(codegen)
+    known = {*weights, *(place for place, _, _ in sizes)}
+    others = [arg for place, arg in enumerate(args) if place not in known]
     roots = OrderedSet([_root(args[place].source) for place in weights])
-    _name_shared([arg.source for arg in args if arg.source is not None], codegen)
+    looked_up = [*others, *(args[place] for place in weights)]
+    _name_shared([arg.source for arg in looked_up if arg.source is not None], codegen)
     codegen.append_output(codegen.create_load_const(fn_name))
     for root in roots:
         codegen(root)
@@ -110,7 +129,7 @@ def _write_call(codegen: PyCodegen, fn_name: str, weights: list[int]) -> None:
         codegen.extend_output([codegen.create_load_attr("held"), codegen.create_load_attr("get")])
 
     codegen.add_push_null(load_split)
-    codegen.extend_output([codegen.create_load(key), codegen.create_load_const(tuple(weights))])
+    codegen.extend_output([codegen.create_load(key), codegen.create_load_const((tuple(weights), tuple(sizes)))])
     for arg in others:
         codegen.call_reconstruct(arg)
     codegen.add_push_null(load_held)
