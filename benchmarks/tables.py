@@ -51,8 +51,8 @@ def decode(result: dict[str, Any]) -> str:
     caption = (
         f"{result['model']}, {result['weights']} weights, {result['parameters'] / 1e6:,.0f} M parameters; prompt "
         f"{result['prompt_tokens']}, {result['new_tokens']} new tokens; medians of {result['rounds']} interleaved "
-        f"rounds. {_machine(where)}; memory read {band['before_gbps']:.1f} GB/s before and "
-        f"{band['after_gbps']:.1f} after."
+        f"rounds. {_machine(where)}; memory read {band['lowest_gbps']:.1f} to "
+        f"{band['highest_gbps']:.1f} GB/s around the runs."
     )
     return f"{caption}\n\n{table.markdown(header, rows)}"
 

@@ -1,7 +1,7 @@
 """`unicorn bench`: generation speed next to its ceiling and next to what else could have been used.
 
 Systems run interleaved in one process (external ones as child processes in the same rounds); memory
-bandwidth is read before and after. The result is one JSON object; `report` prints it.
+bandwidth is read before and after each run. The result is one JSON object; `report` prints it.
 """
 
 from __future__ import annotations
@@ -124,11 +124,9 @@ def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> 
     # Hashing is also the warm-up: afterwards everything is compiled.
     hashes = {s.name: measure.last_logits_hash(s.model, ids, work.new_tokens) for s in systems if s.model is not None}
     kv = measure.kv_bytes(original, context=work.prompt_tokens + work.new_tokens // 2)
-    before = measure.read_bandwidth()
-    timings = measure.interleave({s.name: s.run for s in systems}, work.rounds)
-    after = measure.read_bandwidth()
-    ceiling = max(before, after)
-    rows = [_row(s, timings[s.name], kv, ceiling, hashes.get(s.name)) for s in systems]
+    runs = measure.interleave({s.name: partial(measure.bracketed, s.run) for s in systems}, work.rounds)
+    rows = [_row(s, runs[s.name], kv, hashes.get(s.name)) for s in systems]
+    bandwidths = [gbps for row in rows for gbps in row["bandwidth_gbps"]]
     _add_ratios(rows)
     return {
         "schema": SCHEMA,
@@ -142,7 +140,11 @@ def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> 
         "devices": list(options.devices),
         "policy": options.policy,
         "placements": placements(plans_of(systems[0].model._orig_mod)),
-        "bandwidth": {"before_gbps": before, "after_gbps": after, "ceiling_gbps": ceiling},
+        "bandwidth": {
+            "lowest_gbps": min(bandwidths),
+            "highest_gbps": max(bandwidths),
+            "ceiling_gbps": statistics.median(bandwidths),
+        },
         "systems": rows,
         "contexts": [_at_context(systems, work, tokens) for tokens in work.contexts],
         "bugs": [f"{row['name']}: {row['bandwidth_share']:.0%} of bandwidth" for row in rows if row["is_bug"]],
@@ -193,23 +195,27 @@ def _hugging_face(name: str, model: Any, ids: torch.Tensor, work: Workload) -> S
     )
 
 
-def _row(system: System, timings: Sequence[Timing], kv: int, ceiling: float, hashed: str | None) -> dict[str, Any]:
-    decode = [t.decode_tok_s for t in timings]
+def _row(system: System, runs: Sequence[tuple[Timing, float]], kv: int, hashed: str | None) -> dict[str, Any]:
+    """One system's numbers; its shares of the bandwidth are those of each run, by what was read around it."""
+    decode, bandwidths = [timing.decode_tok_s for timing, _ in runs], [gbps for _, gbps in runs]
     bytes_per_token = system.weight_bytes + kv
-    gbps = bytes_per_token * statistics.median(decode) / 1e9
+    share = statistics.median(
+        bytes_per_token * speed / 1e9 / gbps for speed, gbps in zip(decode, bandwidths, strict=True)
+    )
     in_cache = system.weight_bytes < measure.last_level_cache_bytes()
     return {
         "name": system.name,
         "note": system.note,
         "model_bytes": system.total_bytes,
         "bytes_per_token": {"weights": system.weight_bytes, "kv": kv},
-        "prefill_tok_s": _spread([t.prefill_tok_s for t in timings]),
+        "prefill_tok_s": _spread([timing.prefill_tok_s for timing, _ in runs]),
         "decode_tok_s": _spread(decode),
-        "gbps": gbps,
-        "bandwidth_share": gbps / ceiling,
-        "ceiling_tok_s": ceiling * 1e9 / bytes_per_token,
+        "gbps": bytes_per_token * statistics.median(decode) / 1e9,
+        "bandwidth_gbps": bandwidths,
+        "bandwidth_share": share,
+        "ceiling_tok_s": statistics.median(bandwidths) * 1e9 / bytes_per_token,
         "in_cache": in_cache,
-        "is_bug": not in_cache and gbps / ceiling > measure.BUG_SHARE,
+        "is_bug": not in_cache and share > measure.BUG_SHARE,
         "last_logits_sha256": hashed,
     }
 
@@ -235,7 +241,7 @@ def report(result: dict[str, Any]) -> str:
     lines = [
         f"{result['model']} ({result['weights']} weights), prompt {result['prompt_tokens']}, "
         f"{result['new_tokens']} new tokens, {result['rounds']} interleaved rounds, medians",
-        f"memory read bandwidth: {band['before_gbps']:.1f} GB/s before, {band['after_gbps']:.1f} after",
+        f"memory read between the runs: {band['lowest_gbps']:.1f} to {band['highest_gbps']:.1f} GB/s",
         "",
         table.text(header, [cells(row) for row in result["systems"]]),
     ]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -74,9 +74,12 @@ def last_logits_hash(model: Any, ids: torch.Tensor, new_tokens: int, **settings:
     return hashlib.sha256(out.logits[-1].float().contiguous().numpy().tobytes()).hexdigest()[:12]
 
 
-def interleave(runs: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[str, list[Timing]]:
+T = TypeVar("T")
+
+
+def interleave(runs: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
     """Every run once per round, in alternating order (AB, BA, ...), so that drift hits all of them alike."""
-    timings: dict[str, list[Timing]] = {name: [] for name in runs}
+    timings: dict[str, list[T]] = {name: [] for name in runs}
     for index in range(rounds):
         for name in list(runs)[:: 1 if index % 2 == 0 else -1]:
             timings[name].append(runs[name]())
@@ -86,6 +89,13 @@ def interleave(runs: Mapping[str, Callable[[], Timing]], rounds: int) -> dict[st
 def paired_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """Median over the rounds of ours / theirs."""
     return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def bracketed(run: Callable[[], T]) -> tuple[T, float]:
+    """A run, and the mean of the bandwidths read right before and after it: that of a shared machine drifts."""
+    before = read_bandwidth(1 << 28)
+    result = run()
+    return result, (before + read_bandwidth(1 << 28)) / 2
 
 
 def read_bandwidth(size_bytes: int = 1 << 30, passes: int = 6) -> float:
