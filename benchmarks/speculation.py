@@ -20,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from unicorn_backend import measure, models
 from unicorn_backend.generation.assistant import Assistant, AssistedDrafter
 from unicorn_backend.generation.drafting import Drafter
-from unicorn_backend.generation.engine import Engine, Settings
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import Settings
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -50,10 +51,9 @@ def measured(engine: Engine, ids: list[int], settings: dict, rounds: int) -> dic
 class AssistantOnly(Engine):
     """Drafts of the assistant where there is one, and none from repeated text."""
 
-    def _drafter(self, settings: Settings) -> AssistedDrafter | None:
-        if not settings.speculate or self.assistant is None:
-            return None
-        return AssistedDrafter(self.assistant, Drafter(max_draft=0, costs=self._costs), self.config.vocab_size)
+    def drafter(self, settings: Settings) -> AssistedDrafter | Drafter:
+        lookup = Drafter(max_draft=0, costs=self._costs)
+        return AssistedDrafter(self.assistant, lookup, self.config.vocab_size) if self.assistant else lookup
 
 
 def resized(layers: int) -> Any:

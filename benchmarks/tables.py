@@ -184,9 +184,30 @@ def speculation(result: dict[str, Any]) -> str:
     return f"{result['model']}; medians of {rounds} interleaved pairs. {where}.\n\n{table.markdown(header, rows)}"
 
 
+def serving(result: dict[str, Any]) -> str:
+    """Requests at once, one after another and together."""
+    header = ("requests at once", "one after another, tok/s", "together, tok/s", "ratio", "each of them, tok/s")
+    rows = [
+        (
+            str(row["clients"]),
+            f"{row['sequential_total_tok_s']:.1f}",
+            f"{row['total_tok_s']:.1f}",
+            f"{row['ratio']:.2f}x",
+            f"{row['each_tok_s']:.1f}",
+        )
+        for row in result["rows"]
+    ]
+    caption = (
+        f"{result['model']}; {result['prompt_tokens']} tokens of prompt and {result['new_tokens']} new ones each, "
+        f"prompts in the time; medians of {result['rounds']} interleaved rounds. {_machine(result['provenance'])}."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
 KINDS = {
     "context": context,
     "speculation": speculation,
+    "serving": serving,
     "models": models,
     "peers": peers,
     "decode": decode,

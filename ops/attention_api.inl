@@ -39,6 +39,7 @@ struct Plan {
   int64_t dq, dv;             // padded widths
   bool decode;
   int64_t rows, blocks, block;  // rows per task; decode: number and length of blocks of keys
+  int64_t most_blocks;          // decode: of any sequence of the batch; fewer keys may be cut into more blocks
   int64_t shared, scratch;      // floats: decode partial results; per thread
 };
 
@@ -55,7 +56,9 @@ Plan make_plan(const AttentionArgs& a) {
     if (p.block > kDecodeBlock) p.block = kDecodeBlock;
     if (p.block < kDecodeMinBlock) p.block = kDecodeMinBlock;
     p.blocks = ceil_div(a.S, p.block);
-    p.shared = a.B * a.Hkv * p.blocks * p.rows * (p.dv + kAlign);
+    const int64_t shortest = ceil_div(a.S, kDecodeMinBlock);
+    p.most_blocks = shortest < kDecodeBlocks ? shortest : p.blocks > kDecodeBlocks ? p.blocks : kDecodeBlocks;
+    p.shared = a.B * a.Hkv * p.most_blocks * p.rows * (p.dv + kAlign);
     p.scratch = p.rows * (p.dq + p.block + 6 * kAlign) + p.block;
   } else {
     // About four tasks per thread, so that causal rows balance.

@@ -1,4 +1,5 @@
 // Few queries: K and V are read once, by tasks of one K/V head and one block of keys; then the blocks are merged.
+// What takes AttentionArgs here, but for run_decode, gets those of one sequence.
 // Every block holds softmax-weighted sums with its own maximum, so the result does not depend on who computes it.
 
 namespace {
@@ -129,13 +130,52 @@ float* partial(const AttentionArgs& a, const Plan& p, int64_t task, int64_t row)
 }
 
 float* partial_sums(const AttentionArgs& a, const Plan& p, int64_t task, int64_t row) {
-  const int64_t heads = a.B * a.Hkv * p.blocks * p.rows * kAlign;
+  const int64_t heads = a.Hkv * p.blocks * p.rows * kAlign;
   return static_cast<float*>(a.workspace) + heads + (task * p.rows + row) * p.dv;
+}
+
+// Keys at the start that a boolean mask hides from every query of sequence b.
+int64_t hidden_keys(const AttentionArgs& a, int64_t b) {
+  if (a.mask_kind != MaskKind::boolean) return 0;
+  int64_t hidden = a.S;
+  for (int64_t h = 0; h < (a.mask_stride[1] ? a.H : 1); ++h) {
+    for (int64_t t = 0; t < a.T; ++t) {
+      const char* row = mask_row(a, b, h, t);
+      if (a.mask_stride[3] == 1) {
+        const void* visible = __builtin_memchr(row, 1, hidden);
+        if (visible) hidden = static_cast<const char*>(visible) - row;
+      } else {
+        int64_t s = 0;
+        while (s < hidden && !row[s * a.mask_stride[3]]) ++s;
+        hidden = s;
+      }
+    }
+  }
+  return hidden;
+}
+
+// Sequence b of a batch by itself, from its first visible key: what pads a shorter sequence on the left changes neither
+// its blocks of keys nor the order of its sums.
+template <DType T>
+AttentionArgs sequence(const AttentionArgs& a, const Plan& p, int64_t b) {
+  constexpr DType Q = T == DType::i8 ? DType::f32 : T;
+  const int64_t skip = hidden_keys(a, b);
+  AttentionArgs one = a;
+  one.B = 1;
+  one.S = a.S - skip;
+  one.q = row_of<Q>(a.q, b * a.q_stride[0]);
+  one.k = row_of<T>(a.k, b * a.k_stride[0] + skip * a.k_stride[2]);
+  one.v = row_of<T>(a.v, b * a.v_stride[0] + skip * a.v_stride[2]);
+  if (a.mask_kind != MaskKind::none) one.mask = mask_row(a, b, 0, 0);
+  if (skip) one.mask = static_cast<const char*>(one.mask) + skip * a.mask_stride[3];
+  one.out = a.out + b * a.T * a.H * a.Dv;
+  one.workspace = static_cast<float*>(a.workspace) + b * (p.shared / a.B);
+  return one;
 }
 
 template <DType T>
 void decode_task(const AttentionArgs& a, const Plan& p, int64_t task, float* scratch) {
-  const int64_t blk = task % p.blocks, hk = task / p.blocks % a.Hkv, b = task / p.blocks / a.Hkv;
+  const int64_t blk = task % p.blocks, hk = task / p.blocks;
   const int64_t s0 = blk * p.block, n = a.S - s0 < p.block ? a.S - s0 : p.block;
   const int64_t ldq = lanes<T>(a.D);
   float* q = scratch;
@@ -145,14 +185,14 @@ void decode_task(const AttentionArgs& a, const Plan& p, int64_t task, float* scr
   Span span[kDecodeMax];
   int64_t lo = n, hi = 0;
   for (int64_t r = 0; r < p.rows; ++r) {
-    row[r] = make_row(a, p, b, hk, r);
+    row[r] = make_row(a, p, 0, hk, r);
     span[r] = row_span(a, row[r], s0, n, bias);
     if (span[r].lo < span[r].hi && span[r].lo < lo) lo = span[r].lo;
     if (span[r].hi > hi) hi = span[r].hi;
-    pack_query<T>(a.q, b * a.q_stride[0] + row[r].h * a.q_stride[1] + row[r].t * a.q_stride[2], a.D, q + r * ldq);
+    pack_query<T>(a.q, row[r].h * a.q_stride[1] + row[r].t * a.q_stride[2], a.D, q + r * ldq);
   }
-  const void* k = row_of<T>(a.k, b * a.k_stride[0] + hk * a.k_stride[1] + s0 * a.k_stride[2]);
-  const void* v = row_of<T>(a.v, b * a.v_stride[0] + hk * a.v_stride[1] + s0 * a.v_stride[2]);
+  const void* k = row_of<T>(a.k, hk * a.k_stride[1] + s0 * a.k_stride[2]);
+  const void* v = row_of<T>(a.v, hk * a.v_stride[1] + s0 * a.v_stride[2]);
   const DecodeBlock<T> block{a, k, v, p.rows, lo, hi, q, ldq, x, p.block, partial_sums(a, p, task, 0), p.dv};
   if (lo < hi) block.scores();
   for (int64_t r = 0; r < p.rows; ++r) {
@@ -165,8 +205,8 @@ void decode_task(const AttentionArgs& a, const Plan& p, int64_t task, float* scr
 }
 
 void merge_row(const AttentionArgs& a, const Plan& p, int64_t head, int64_t r) {
-  const int64_t b = head / a.Hkv, h = head % a.Hkv * p.group + r % p.group, t = r / p.group;
-  float* out = a.out + ((b * a.T + t) * a.H + h) * a.Dv;
+  const int64_t h = head * p.group + r % p.group, t = r / p.group;
+  float* out = a.out + (t * a.H + h) * a.Dv;
   float most = -kInf, total = 0.0f;
   for (int64_t i = 0; i < p.blocks; ++i) {
     const float m = partial(a, p, head * p.blocks + i, r)[0];
@@ -187,7 +227,7 @@ void merge_row(const AttentionArgs& a, const Plan& p, int64_t head, int64_t r) {
 
 template <DType T>
 void run_decode(const AttentionArgs& a, const Plan& p) {
-  const int64_t heads = a.B * a.Hkv, tasks = heads * p.blocks;
+  const int64_t tasks = a.Hkv * p.most_blocks, rows = a.Hkv * p.rows;  // per sequence
   float* base = static_cast<float*>(a.workspace) + p.shared;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
@@ -196,9 +236,16 @@ void run_decode(const AttentionArgs& a, const Plan& p) {
     id = omp_get_thread_num();
 #endif
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < tasks; ++i) decode_task<T>(a, p, i, base + id * p.scratch);
+    for (int64_t i = 0; i < a.B * tasks; ++i) {
+      const AttentionArgs one = sequence<T>(a, p, i / tasks);
+      const Plan plan = make_plan(one);
+      if (i % tasks < a.Hkv * plan.blocks) decode_task<T>(one, plan, i % tasks, base + id * p.scratch);
+    }
 #pragma omp for schedule(static)
-    for (int64_t i = 0; i < heads * p.rows; ++i) merge_row(a, p, i / p.rows, i % p.rows);
+    for (int64_t i = 0; i < a.B * rows; ++i) {
+      const AttentionArgs one = sequence<T>(a, p, i / rows);
+      merge_row(one, make_plan(one), i % rows / p.rows, i % p.rows);
+    }
   }
 }
 

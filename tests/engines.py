@@ -9,7 +9,7 @@ import torch
 LAYERS = 3  # sliding, sliding, full: compiles in half the time of all six
 
 
-def make_engine(weights: dict[str, torch.Tensor]) -> Any:
+def make_engine(weights: dict[str, torch.Tensor], **options: Any) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from unicorn_backend import models
@@ -19,4 +19,4 @@ def make_engine(weights: dict[str, torch.Tensor]) -> Any:
     config.layer_types = config.layer_types[:LAYERS]
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.load_state_dict(weights, strict=False)
-    return Engine("tiny", model=model.eval())
+    return Engine("tiny", options, model=model.eval())

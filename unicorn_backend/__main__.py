@@ -24,9 +24,11 @@ from unicorn_backend import demo as demonstration
 from unicorn_backend import doctor as examination
 from unicorn_backend import hub, models, picture, table
 from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
+from unicorn_backend.generation.batch import ROWS
 from unicorn_backend.generation.conversation import Conversation
-from unicorn_backend.generation.engine import Engine, Result, Settings
+from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.live import stream_answer
+from unicorn_backend.generation.request import Result, Settings
 from unicorn_backend.options import Options
 from unicorn_backend.options import api_key as environment_api_key
 from unicorn_backend.partition import calibration
@@ -185,6 +187,7 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str, typer.Option(help="Name of the model for clients; the last part of --model without.")] = "",
     api_key: Annotated[str, typer.Option(help="What clients must send; UNICORN_API_KEY without.")] = "",
+    batch: Annotated[int, typer.Option(min=1, help="Requests decoded together; 1 for one after another.")] = ROWS,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; the next gets 503.")] = 64,
     per_client: Annotated[int, typer.Option(min=1, help="Requests of one client at a time; the next gets 429.")] = 16,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request; a larger one gets 413.")] = 1 << 20,
@@ -196,7 +199,8 @@ def serve(
 ) -> None:
     """Serve a model with the OpenAI API: chat completions, completions, models; /metrics, /health and a stats page.
 
-    Requests run one after another; a prompt computes only what no earlier one had. Needs the extra `serve`.
+    Requests that run together share each reading of the weights; a prompt computes only what no earlier one had.
+    Needs the extra `serve`.
 
     Examples: `unicorn serve`, `unicorn serve -m google/gemma-3-4b-it --port 8080 --api-key secret --speculate`,
     `unicorn serve --device vulkan --device npu --policy power`
@@ -207,7 +211,7 @@ def serve(
         raise OptionError(f"serve needs {error.name}: pip install 'unicorn-backend[serve]'") from error
     options = _options(recipe, device, policy, kv)
     engine = Engine(model, options, prefix_bytes=prefix_mb << 20, assistant=assistant or None)
-    limits = server.Limits(queue, per_client, max_body, max_tokens)
+    limits = server.Limits(queue, batch, per_client, max_body, max_tokens)
     server.serve(
         engine, host, port, limits, api_key or environment_api_key(), speculate or bool(assistant), name, monitor
     )

@@ -13,8 +13,8 @@ from rich.console import Console
 
 from unicorn_backend.errors import OptionError, RequestError
 from unicorn_backend.generation.conversation import Conversation
-from unicorn_backend.generation.engine import Result, Settings
 from unicorn_backend.generation.live import stream_answer
+from unicorn_backend.generation.request import Result, Settings
 
 HELP = """\
 /help              this list

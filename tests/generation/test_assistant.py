@@ -11,7 +11,8 @@ from unicorn_backend import models
 from unicorn_backend.errors import OptionError
 from unicorn_backend.generation.assistant import Assistant, AssistedDrafter, Experience
 from unicorn_backend.generation.drafting import Drafter
-from unicorn_backend.generation.engine import Engine, Settings
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import Settings
 
 
 @pytest.fixture
@@ -23,11 +24,11 @@ def assisted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     monkeypatch.setattr(assistant.experience.costs, "seconds", lambda _: 1e-9)
     monkeypatch.setattr(engine, "assistant", assistant)
 
-    def drafter(settings: Settings) -> AssistedDrafter | None:
+    def drafter(_: Settings) -> AssistedDrafter:
         lookup = Drafter(max_draft=0, costs=costs)
-        return AssistedDrafter(assistant, lookup, engine.config.vocab_size) if settings.speculate else None
+        return AssistedDrafter(assistant, lookup, engine.config.vocab_size)
 
-    monkeypatch.setattr(engine, "_drafter", drafter)
+    monkeypatch.setattr(engine, "drafter", drafter)
     return engine
 
 

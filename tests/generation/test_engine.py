@@ -16,9 +16,10 @@ from rich.console import Console
 from unicorn_backend import models
 from unicorn_backend.errors import OptionError, RequestError
 from unicorn_backend.generation.conversation import Conversation
-from unicorn_backend.generation.engine import Engine, Result, Settings
+from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.live import stream_answer
 from unicorn_backend.generation.prefix import new_cache
+from unicorn_backend.generation.request import Result, Settings
 from unicorn_backend.generation.text import TextStream
 
 PROMPT = "The film is a"

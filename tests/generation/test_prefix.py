@@ -14,7 +14,8 @@ import torch
 
 from unicorn_backend import models
 from unicorn_backend.generation import prefix
-from unicorn_backend.generation.engine import Engine, Result, Settings
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import Result, Settings
 
 WINDOW = 128
 BF16_STEP = 2.0**-3

@@ -194,6 +194,20 @@ def test_any_number_of_threads(core: Core, isa: str, t: int) -> None:
     assert all(torch.equal(first, other) for other in others)
 
 
+@pytest.mark.parametrize("t", (1, 3))
+def test_padding_on_the_left_changes_no_bit(core: Core, isa: str, t: int) -> None:
+    """Sequences of a batch are what each is alone, though the longest is cut into other blocks of keys."""
+    lengths, longest = (3, 70, 300, 2048, 2300), 2300
+    q, k, v = (torch.randn(len(lengths), h, n, 64) for h, n in ((4, t), (2, longest), (2, longest)))
+    row = torch.arange(longest)
+    mask = torch.stack([(row >= longest - n) & window(t, longest, longest) for n in lengths])[:, None]
+    together = core.prepare(q, k, v, mask, scale=0.125)().clone()
+    for i, n in enumerate(lengths):
+        own = (x[i : i + 1, :, longest - n :] for x in (k, v))
+        alone = core.prepare(q[i : i + 1], *own, causal=True, scale=0.125)()
+        assert torch.equal(together[i], alone[0]), n
+
+
 @pytest.mark.parametrize("t", (1, 40))
 def test_what_is_masked_does_not_leak(core: Core, isa: str, t: int) -> None:
     """Keys outside a sliding window are not read into the result, whatever a cache holds there."""

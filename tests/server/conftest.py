@@ -23,7 +23,7 @@ pytest.importorskip("prometheus_client")
 @pytest.fixture(scope="package")
 def engine(tiny_weights: dict[str, torch.Tensor]) -> Engine:
     engine = make_engine(tiny_weights)
-    engine.warm_up()
+    engine.warm_up(rows=2)
     return engine  # type: ignore[no-any-return]
 
 

@@ -12,7 +12,7 @@ import openai
 import pytest
 from rich.console import Console
 
-from unicorn_backend.generation.engine import Result, Settings, TokenLogprob
+from unicorn_backend.generation.request import Result, Settings, TokenLogprob
 from unicorn_backend.server.run import live_line
 from unicorn_backend.server.tools import parse_tools
 
@@ -200,6 +200,7 @@ def test_health_metrics_and_page(server: Any, client: openai.OpenAI) -> None:
         "unicorn_first_token_seconds_bucket",
         "unicorn_tokens_per_second_bucket",
         "unicorn_queue_length",
+        "unicorn_batch_size_bucket",
         "unicorn_memory_bytes",
         'unicorn_requests_total{path="/v1/chat/completions",status="200"}',
     ):
@@ -210,7 +211,7 @@ def test_health_metrics_and_page(server: Any, client: openai.OpenAI) -> None:
     screen = Console(file=io.StringIO(), force_terminal=True, width=200)
     with live_line(server, screen, every_s=0.01):
         time.sleep(0.3)
-    assert "running False, waiting 0" in screen.file.getvalue() and "tok/s" in screen.file.getvalue()
+    assert "running 0, batch 8, waiting 0" in screen.file.getvalue() and "tok/s" in screen.file.getvalue()
     assert "<title>unicorn</title>" in get(server, "/")[1]
 
 
@@ -219,7 +220,7 @@ def test_a_failure_inside_is_one_requests_own(server: Any, monkeypatch: pytest.M
         raise RuntimeError("out of unicorns")
 
     with monkeypatch.context() as patch:
-        patch.setattr(server.engine, "_generate", broken)
+        patch.setattr(server.engine, "generation_config", broken)
         assert post(server, "/v1/chat/completions", ASK)[0] == 500
         assert post(server, "/v1/chat/completions", {**ASK, "stream": True})[0] == 500
     assert post(server, "/v1/chat/completions", {**ASK, "max_tokens": 2})[0] == 200

@@ -36,10 +36,15 @@ async def stream(client: openai.AsyncOpenAI, prompt: str, tokens: int = 8) -> tu
     return "".join(parts), finish
 
 
+async def one(server: Any, prompt: str) -> tuple[str, str | None]:
+    async with client_of(server) as client:
+        return await stream(client, prompt)
+
+
 def test_hundreds_of_clients_all_get_their_answer(start: Any) -> None:
     async def all_at_once(server: Any) -> list[tuple[str, str | None]]:
-        client = client_of(server)
-        return await asyncio.gather(*(stream(client, PROMPTS[i % len(PROMPTS)]) for i in range(CLIENTS)))
+        async with client_of(server) as client:
+            return await asyncio.gather(*(stream(client, PROMPTS[i % len(PROMPTS)]) for i in range(CLIENTS)))
 
     with start(limits=Limits(queue=CLIENTS, per_client=CLIENTS)) as server:
         first = asyncio.run(all_at_once(server))
@@ -47,6 +52,8 @@ def test_hundreds_of_clients_all_get_their_answer(start: Any) -> None:
         answers = asyncio.run(all_at_once(server))
         grown = resident_bytes() - before
         assert server.worker.waiting == 0 and eventually(lambda: not server._clients)
+        calls, tokens = (server.metrics.registry.get_sample_value(f"unicorn_batch_size_{n}") for n in ("count", "sum"))
+        assert tokens > 3 * calls, "they ran together"
     assert first == answers and len(answers) == CLIENTS
     assert {finish for _, finish in answers} == {"length"}
     assert len(set(answers)) == len(PROMPTS), "every client of a prompt got the same text"
@@ -55,9 +62,9 @@ def test_hundreds_of_clients_all_get_their_answer(start: Any) -> None:
 
 def test_a_flood_is_turned_away_without_losing_what_was_accepted(start: Any) -> None:
     async def flood(server: Any) -> list[Any]:
-        client = client_of(server)
-        work = (stream(client, PROMPTS[i % len(PROMPTS)], 16) for i in range(100))
-        return await asyncio.gather(*work, return_exceptions=True)
+        async with client_of(server) as client:
+            work = (stream(client, PROMPTS[i % len(PROMPTS)], 16) for i in range(100))
+            return await asyncio.gather(*work, return_exceptions=True)
 
     with start(limits=Limits(queue=5, per_client=1000)) as server:
         results = asyncio.run(flood(server))
@@ -84,7 +91,7 @@ def open_stream(server: Any, tokens: int) -> socket.socket:
 
 
 def test_who_leaves_is_no_longer_worked_for(start: Any) -> None:
-    with start(limits=Limits(queue=4)) as server:
+    with start(limits=Limits(queue=4, batch=1)) as server:
         running = open_stream(server, 2000)
         assert running.recv(4096).startswith(b"HTTP/1.1 200")
         waiting = [open_stream(server, 2000) for _ in range(4)]
@@ -93,10 +100,10 @@ def test_who_leaves_is_no_longer_worked_for(start: Any) -> None:
             connection.close()
         assert eventually(lambda: server.worker.waiting == 0)
         running.close()
-        assert eventually(lambda: server.worker.running is None)
+        assert eventually(lambda: not server.worker.running)
         assert eventually(lambda: server.metrics.cancelled._value.get() == 5)
         assert server.metrics.new_tokens._value.get() < 2000
-        assert asyncio.run(stream(client_of(server), "The film is a"))[1] == "length"
+        assert asyncio.run(one(server, "The film is a"))[1] == "length"
         assert not server._clients
 
 
@@ -107,16 +114,16 @@ def test_a_whole_answer_is_cancelled_too(start: Any) -> None:
         connection.sendall(
             f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data
         )
-        assert eventually(lambda: server.worker.running is not None)
+        assert eventually(lambda: bool(server.worker.running))
         connection.close()
-        assert eventually(lambda: server.worker.running is None and not server._clients)
+        assert eventually(lambda: not server.worker.running and not server._clients)
         assert server.metrics.new_tokens._value.get() < 2000
 
 
 def test_slow_readers_hold_nobody_up(start: Any) -> None:
     with start() as server:
         slow = [open_stream(server, 500) for _ in range(3)]
-        assert asyncio.run(stream(client_of(server), "The film is a"))[1] == "length"
+        assert asyncio.run(one(server, "The film is a"))[1] == "length"
         for connection in slow:
             received = b""
             while not received.endswith(b"0\r\n\r\n"):
@@ -142,20 +149,21 @@ def test_nonsense_between_streams_harms_nobody(start: Any, caplog: pytest.LogCap
     parts = [head[:30], head % 50 + b'{"prompt"', (head % 50)]
 
     async def mixed(server: Any) -> list[tuple[str, str | None]]:
-        streams = [asyncio.create_task(stream(client_of(server), PROMPTS[i % len(PROMPTS)])) for i in range(40)]
-        for _ in range(4):
-            answers = await asyncio.gather(*(asyncio.to_thread(sent, server, data) for data in whole))
-            assert {answer[:12] for answer in answers} == {b"HTTP/1.1 400"}
-            await asyncio.gather(*(asyncio.to_thread(sent, server, data, True) for data in parts))
-            assert (await asyncio.to_thread(sent, server, head % 10**12)).startswith(b"HTTP/1.1 413")
-        return await asyncio.gather(*streams)
+        async with client_of(server) as client:
+            streams = [asyncio.create_task(stream(client, PROMPTS[i % len(PROMPTS)])) for i in range(40)]
+            for _ in range(4):
+                answers = await asyncio.gather(*(asyncio.to_thread(sent, server, data) for data in whole))
+                assert {answer[:12] for answer in answers} == {b"HTTP/1.1 400"}
+                await asyncio.gather(*(asyncio.to_thread(sent, server, data, True) for data in parts))
+                assert (await asyncio.to_thread(sent, server, head % 10**12)).startswith(b"HTTP/1.1 413")
+            return await asyncio.gather(*streams)
 
     with start(limits=Limits(queue=100, per_client=100)) as server:
         answers = asyncio.run(mixed(server))
         assert (
             len(answers) == 40 and {finish for _, finish in answers} == {"length"} and len(set(answers)) == len(PROMPTS)
         )
-        assert eventually(lambda: not server._clients and server.worker.running is None)
+        assert eventually(lambda: not server._clients and not server.worker.running)
         assert b'status="499"} 8.0' in server.metrics.text() and b'status="500"' not in server.metrics.text()
     assert not [record for record in caplog.records if record.exc_info]
 

@@ -19,6 +19,7 @@ from unicorn_backend import models
 from unicorn_backend.errors import OptionError
 from unicorn_backend.generation.drafting import MAX_DRAFT, Costs, Drafter, Odds, best_length
 from unicorn_backend.generation.prefix import PrefixStore, cut
+from unicorn_backend.integration.transformers_hooks import cache_argument
 
 MARGIN = 1.1
 """A draft must promise 10 % more tokens per second."""
@@ -160,7 +161,7 @@ class AssistedDrafter:
             logits = self._assistant.model(
                 torch.tensor([tokens]),
                 position_ids=positions,
-                past_key_values=self._cache,
+                **{cache_argument(): self._cache},
                 use_cache=True,
                 logits_to_keep=1,
                 return_dict=True,

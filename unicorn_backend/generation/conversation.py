@@ -6,7 +6,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import Any
 
-from unicorn_backend.generation.engine import Engine, OnText, Result, Settings
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import OnText, Result, Settings
 
 
 @dataclass

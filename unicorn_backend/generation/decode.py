@@ -1,8 +1,9 @@
-"""The decoding loop behind run, chat and serve, given to transformers as `generate(custom_generate=...)`.
+"""One generation, a call of the model at a time.
 
-transformers prepares everything (lengths, logits processors, stopping criteria); this loop runs the model. Against
-transformers' own it can be told to stop between two tokens, samples from a generator of its own, so that requests do
-not disturb each other, and checks several drafted tokens in one call of the model.
+transformers prepares it (lengths, logits processors, stopping criteria): a `Sequence` is given to `generate` as
+`custom_generate`, and only remembers what it got. `step` then runs the model. Against transformers' own loop it can
+stop between two tokens, samples from a generator of its own, so that requests do not disturb each other, checks
+several drafted tokens in one call of the model, and can share its calls with other sequences (`batch.py`).
 """
 
 from __future__ import annotations
@@ -18,28 +19,35 @@ from torch import Tensor
 from unicorn_backend.generation.assistant import AssistedDrafter
 from unicorn_backend.generation.drafting import Drafter
 from unicorn_backend.generation.prefix import cut
+from unicorn_backend.integration.transformers_hooks import cache_argument
 
 OnToken = Callable[[int, Tensor], bool]
 """Called with each new token and its logits [V] (of the model, unprocessed); True stops."""
 
 
-@dataclass
-class Loop:
-    """One generation: its inputs, and afterwards what it took.
+@dataclass(eq=False)
+class Sequence:
+    """One generation: its inputs, its state, and what it took.
 
-    on_token: called with every token; returning True stops the loop.
+    on_token: called with every token; returning True stops.
     generator: source of samples, None for the process-wide one.
     drafter: proposes tokens to check, None for one token per call.
+    chunk: most tokens of a prompt in one call, 0 for all.
+    cache: holds some of the prompt's first tokens, or none; to be set before the first step.
     """
 
     on_token: OnToken
     generator: torch.Generator | None = None
     drafter: Drafter | AssistedDrafter | None = None
+    chunk: int = 0
+    cache: Any = None
     start: float = field(default_factory=time.perf_counter)
     token_times: list[float] = field(default_factory=list)  # seconds after `start`
     calls: int = 0  # of the model, the prompt's included
+    shared_calls: float = 0.0  # the same, a call for B sequences counted as 1 / B
     drafted: int = 0
     accepted: int = 0
+    done: bool = False
 
     def __call__(
         self,
@@ -50,62 +58,84 @@ class Loop:
         generation_config: Any,
         **model_kwargs: Any,
     ) -> Tensor:
-        """Returns all ids [1, T + new]. Batch 1 only."""
-        cache = model_kwargs["past_key_values"]
-        model_kwargs = {k: v for k, v in model_kwargs.items() if k not in ("position_ids", "logits_to_keep")}
-        ids = torch.empty(1, generation_config.max_length, dtype=torch.long)  # [1, max]
-        length = input_ids.shape[1]
-        ids[:, :length] = input_ids
+        """What transformers prepared. Computes nothing. Batch 1 only."""
+        self.model, self._processor, self._criteria = model, logits_processor, stopping_criteria
+        self._sample, self.most = generation_config.do_sample, generation_config.max_length
+        given = ("position_ids", "logits_to_keep", "attention_mask", cache_argument())
+        self.model_kwargs = {k: v for k, v in model_kwargs.items() if k not in given}
+        self.length = input_ids.shape[1]
+        self._ids = torch.empty(1, self.most, dtype=torch.long)  # [1, max]
+        self._ids[:, : self.length] = input_ids
         if self.drafter is not None:
             self.drafter.extend(input_ids[0].tolist())
-        done = False
-        while not done:
-            known = cache.get_seq_length()
-            room = generation_config.max_length - length - 1
-            draft = self.drafter.propose(room) if self.drafter is not None and known == length - 1 else []
-            begin = time.perf_counter()
-            if draft:
-                ids[0, length : length + len(draft)] = torch.tensor(draft)
-            logits = self._call(model, ids[:, : length + len(draft)], known, len(draft), model_kwargs)
-            accepted = 0
-            for position in range(len(draft) + 1):
-                row = logits[position]  # [V]
-                token = self._choose(logits_processor(ids[:, :length], row[None]), generation_config.do_sample)
-                hit = position < len(draft) and token == draft[position]
-                ids[0, length] = token
-                length += 1
-                if self.drafter is not None:
-                    self.drafter.extend([token])
-                self.token_times.append(time.perf_counter() - self.start)
-                done = self.on_token(token, row) or bool(stopping_criteria(ids[:, :length], None).all())
-                if done or not hit:
-                    break
-                accepted += 1
-            self.drafted += len(draft)
-            self.accepted += accepted
-            cut(cache, len(draft) - accepted)
-            if self.drafter is not None and self.calls > 1:
-                self.drafter.took(len(draft) + 1, time.perf_counter() - begin)
-        if self.drafter is not None:
-            self.drafter.finish()
-        return ids[:, :length]
+        return input_ids
 
-    def _call(self, model: Any, ids: Tensor, known: int, drafted: int, model_kwargs: dict[str, Any]) -> Tensor:
-        """Logits [drafted + 1, V] of the last positions of ids [1, T], of which the cache has the first `known`."""
-        new = ids.shape[1] - known
-        inputs = model.prepare_inputs_for_generation(
-            ids,
+    @property
+    def ids(self) -> list[int]:
+        """The prompt and what follows it so far."""
+        return self._ids[0, : self.length].tolist()
+
+    @property
+    def last(self) -> int:
+        return int(self._ids[0, self.length - 1])
+
+    @property
+    def decoding(self) -> bool:
+        """True once the cache has all tokens but the last."""
+        return bool(0 < self.cache.get_seq_length() == self.length - 1)
+
+    def step(self) -> None:
+        """One call of the model: a part of the prompt, or the next token, or several of them that were drafted."""
+        known = self.cache.get_seq_length()
+        new = self.length - known
+        if self.chunk and new > self.chunk:
+            self._call(known, self.chunk, 1)
+            return
+        draft = self.drafter.propose(self.most - self.length - 1) if self.drafter is not None and new == 1 else []
+        begin = time.perf_counter()
+        if draft:
+            self._ids[0, self.length : self.length + len(draft)] = torch.tensor(draft)
+        logits = self._call(known, new + len(draft), len(draft) + 1)
+        accepted = 0
+        while self.take(logits[accepted]) and accepted < len(draft) and self.last == draft[accepted]:
+            accepted += 1
+        self.drafted += len(draft)
+        self.accepted += accepted
+        cut(self.cache, len(draft) - accepted)
+        if self.drafter is not None and self.calls > 1:
+            self.drafter.took(len(draft) + 1, time.perf_counter() - begin)
+
+    def take(self, logits: Tensor) -> bool:
+        """Choose the next token from its logits [V]. Returns False if it is the last one."""
+        scores = self._processor(self._ids[:, : self.length], logits[None])  # [1, V]
+        if self._sample:
+            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+        else:
+            token = int(scores.argmax())
+        self._ids[0, self.length] = token
+        self.length += 1
+        if self.drafter is not None:
+            self.drafter.extend([token])
+        self.token_times.append(time.perf_counter() - self.start)
+        ended = self._criteria(self._ids[:, : self.length], None)
+        self.done = self.on_token(token, logits) or bool(ended.all())
+        return not self.done
+
+    def _call(self, known: int, new: int, keep: int) -> Tensor:
+        """Logits [keep, V] of the last of `new` tokens after the `known` ones that the cache has."""
+        inputs = self.model.prepare_inputs_for_generation(
+            self._ids[:, : known + new],
             next_sequence_length=new,
             is_first_iteration=self.calls == 0,
             position_ids=torch.arange(known, known + new)[None],
-            logits_to_keep=drafted + 1,
-            **model_kwargs,
+            logits_to_keep=keep,
+            **{cache_argument(): self.cache},
+            **self.model_kwargs,
         )
-        self.calls += 1
-        return model(**inputs, return_dict=True).logits[0].float()  # type: ignore[no-any-return]
+        self.called(1)
+        return self.model(**inputs, return_dict=True).logits[0].float()  # type: ignore[no-any-return]
 
-    def _choose(self, scores: Tensor, sample: bool) -> int:
-        """One token of processed scores [1, V]."""
-        if not sample:
-            return int(scores.argmax())
-        return int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
+    def called(self, sequences: int) -> None:
+        """Count a call of the model that so many sequences share."""
+        self.calls += 1
+        self.shared_calls += 1 / sequences

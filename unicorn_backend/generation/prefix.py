@@ -66,14 +66,19 @@ def cut(cache: Any, tokens: int) -> str:
     return ""
 
 
-def _why_not(layer: Any, tokens: int) -> str:
+def growing_layers() -> tuple[type, ...]:
+    """Kinds of cache layers that hold the rows [B, H, S, D] of their latest tokens, and nothing else."""
     from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
     from unicorn_backend.integration.int8_cache import Int8Layer, Int8SlidingLayer
 
-    if type(layer) in (DynamicLayer, Int8Layer) or not layer.is_initialized:
+    return DynamicLayer, Int8Layer, DynamicSlidingWindowLayer, Int8SlidingLayer
+
+
+def _why_not(layer: Any, tokens: int) -> str:
+    if not layer.is_initialized or (type(layer) in growing_layers() and not layer.is_sliding):
         return ""
-    if type(layer) not in (DynamicSlidingWindowLayer, Int8SlidingLayer):
+    if type(layer) not in growing_layers():
         return f"a layer keeps its past as {type(layer).__name__}, which cannot be cut"
     seen, held = layer.cumulative_length, layer.keys.shape[2]
     needed = min(seen - tokens, layer.sliding_window - 1)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from unicorn_backend.integration.transformers_hooks import growing_update, keep_all, keep_window
+from unicorn_backend.integration.transformers_hooks import cache_argument, growing_update, keep_all, keep_window
 
 
 def _update(self: Any, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -65,8 +65,9 @@ def with_int8_cache(generate: Callable[..., Any], config: Any) -> Callable[..., 
     def generate_int8(*args: Any, **kwargs: Any) -> Any:
         settings = kwargs.get("generation_config")
         named = kwargs.get("cache_implementation") or getattr(settings, "cache_implementation", None)
-        if kwargs.get("past_key_values") is None and not named and kwargs.get("use_cache", True):
-            kwargs["past_key_values"] = Int8Cache(config=config)
+        given = kwargs.get("past_key_values", kwargs.get("cache"))
+        if given is None and not named and kwargs.get("use_cache", True):
+            kwargs[cache_argument()] = Int8Cache(config=config)
         return generate(*args, **kwargs)
 
     return generate_int8

@@ -15,6 +15,7 @@ tokens at once (transformers: the whole buffer, with a mask that hides the rest)
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import sys
 from typing import Any
@@ -25,6 +26,15 @@ from torch import Tensor
 from unicorn_backend.integration.model_state import wrap_generate
 
 log = logging.getLogger(__name__)
+
+
+@functools.cache
+def cache_argument() -> str:
+    """The name of the KV cache among the arguments of models and of `generate`: from transformers 5.24 on "cache"."""
+    from transformers import GenerationMixin
+
+    parameters = inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+    return "cache" if "cache" in parameters else "past_key_values"
 
 
 def install() -> bool:

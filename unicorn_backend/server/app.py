@@ -21,7 +21,9 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from unicorn_backend.errors import OptionError, RequestError
-from unicorn_backend.generation.engine import Engine, Result
+from unicorn_backend.generation.batch import ROWS
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import Result
 from unicorn_backend.server import protocol
 from unicorn_backend.server.metrics import Metrics
 from unicorn_backend.server.protocol import ChatRequest, Common, CompletionRequest
@@ -37,9 +39,13 @@ Body = TypeVar("Body", bound=Common)
 
 @dataclass(frozen=True)
 class Limits:
-    """max_tokens: of an answer whose request names none. per_client: requests at a time from one key or address."""
+    """max_tokens: of an answer whose request names none. per_client: requests at a time from one key or address.
+
+    batch: requests that run together; 1 runs one after another.
+    """
 
     queue: int = 64
+    batch: int = ROWS
     per_client: int = 16
     body_bytes: int = 1 << 20
     max_tokens: int = 1024
@@ -62,7 +68,7 @@ class Server:
         self.engine, self.limits, self.speculate = engine, limits or Limits(), speculate
         self.name = name or Path(engine.name).name
         self.metrics = Metrics(engine)
-        self.worker = Worker(engine, self.metrics, self.limits.queue)
+        self.worker = Worker(engine, self.metrics, self.limits.queue, self.limits.batch)
         self._key = api_key
         self._clients: Counter[str] = Counter()
         self._tokenizing = asyncio.Lock()

@@ -7,12 +7,14 @@ from collections import deque
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from unicorn_backend.generation.engine import Engine, Result
+from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.meter import resident_bytes
+from unicorn_backend.generation.request import Result
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 RATES = (1, 2, 5, 10, 20, 30, 50, 100, 200, 500, 1000, 2000)
 RECENT_S = 60.0
+BATCHES = (1, 2, 3, 4, 5, 6, 7, 8, 12, 16, 24, 32)
 
 
 class Metrics:
@@ -22,7 +24,7 @@ class Metrics:
         self.registry = registry = CollectorRegistry()
         self.engine = engine
         self.started = time.time()
-        self._recent: deque[tuple[float, int]] = deque()  # (when, new tokens) of the last minute
+        self._recent: deque[tuple[float, int, float]] = deque()  # (when, new tokens, calls) of the last minute
         self.requests = Counter(
             "unicorn_requests", "HTTP requests by path and status", ["path", "status"], registry=registry
         )
@@ -36,6 +38,9 @@ class Metrics:
         self.accepted = Counter("unicorn_accepted_tokens", "Drafted tokens that were right", registry=registry)
         self.waiting = Gauge("unicorn_queue_length", "Requests that wait", registry=registry)
         self.running = Gauge("unicorn_running", "Requests that run", registry=registry)
+        self.batch_rows = Histogram(
+            "unicorn_batch_size", "Requests that a call of the model gave a token", buckets=BATCHES, registry=registry
+        )
         self.queue_seconds = self._seconds("unicorn_queue_seconds", "Time in the queue")
         self.first_token_seconds = self._seconds(
             "unicorn_first_token_seconds", "From the start of a request to a token"
@@ -65,18 +70,24 @@ class Metrics:
         self.new_tokens.inc(len(result.ids))
         self.drafted.inc(result.drafted)
         self.accepted.inc(result.accepted)
-        self.first_token_seconds.observe(result.first_token_s)
+        if result.ids:
+            self.first_token_seconds.observe(result.first_token_s)
         self.request_seconds.observe(result.seconds)
         if len(result.ids) > 1:
             self.rate.observe(result.tokens_per_second)
-        self._recent.append((time.monotonic(), len(result.ids)))
+        self._recent.append((time.monotonic(), len(result.ids), result.shared_calls))
 
     def recent_rate(self) -> float:
         """Tokens per second over the last minute."""
+        return self._recent_rates()[0]
+
+    def _recent_rates(self) -> tuple[float, float]:
+        """Tokens and calls of the model per second over the last minute."""
         now = time.monotonic()
         while self._recent and self._recent[0][0] < now - RECENT_S:
             self._recent.popleft()
-        return sum(count for _, count in self._recent) / RECENT_S
+        recent = list(self._recent)  # other threads count
+        return sum(tokens for _, tokens, _ in recent) / RECENT_S, sum(calls for *_, calls in recent) / RECENT_S
 
     def totals(self) -> dict[str, int]:
         """Tokens since the start."""
@@ -85,8 +96,7 @@ class Metrics:
 
     def speed(self) -> str:
         """Of the last minute: tokens/s, GB/s and their share of the memory ceiling; and memory now."""
-        rate = self.recent_rate()
-        return self.engine.meter.describe(rate, rate, 0)
+        return self.engine.meter.describe(*self._recent_rates(), 0)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from unicorn_backend.generation.engine import Engine, Result, Settings, TokenLogprob
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import Result, Settings, TokenLogprob
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20

@@ -47,7 +47,7 @@ def serve(
             raise OptionError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
         server = Server(engine, limits, api_key, speculate, name)
         print(f"compiling {server.name}", file=sys.stderr)
-        seconds = engine.warm_up(speculate)
+        seconds = engine.warm_up(speculate, limits.batch)
         torch.ops.unicorn.release_threads()  # this thread's: the worker's answers took twice as long beside them
         listener.listen(CONNECTIONS)  # who reads "ready" and connects at once is not refused
         shown = f"[{host}]" if ":" in host else host

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from unicorn_backend.generation.engine import Engine, Result
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import Result
 from unicorn_backend.server.protocol import new_id
 
 

@@ -1,4 +1,4 @@
-"""One thread that runs the requests, in the order in which they came, from a queue of bounded length."""
+"""One thread that runs the requests, several at a time, in the order in which they came, from a bounded queue."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from unicorn_backend.generation.engine import Engine, Result, Settings, TokenLogprob
+from unicorn_backend.generation.batch import ROWS, Batch
+from unicorn_backend.generation.engine import Engine
+from unicorn_backend.generation.request import Result, Settings, TokenLogprob
+from unicorn_backend.integration.model_state import one_state
 from unicorn_backend.server.metrics import Metrics
 
 log = logging.getLogger(__name__)
@@ -29,7 +32,7 @@ Event = Piece | Result | Exception
 """What a job's consumer gets: pieces, and at last a result or an error."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Job:
     """One request on its way. The worker puts events, the HTTP handler takes them; `cancelled` goes the other way."""
 
@@ -57,15 +60,15 @@ class Full(Exception):
 
 
 class Worker:
-    """Owns the engine. `submit` never blocks; it raises `Full`."""
+    """Owns the engine. `submit` never blocks; it raises `Full`. batch: requests that run together."""
 
-    def __init__(self, engine: Engine, metrics: Metrics, capacity: int) -> None:
-        self.engine, self.metrics, self.capacity = engine, metrics, capacity
+    def __init__(self, engine: Engine, metrics: Metrics, capacity: int, batch: int = ROWS) -> None:
+        self.engine, self.metrics, self.capacity, self.batch = engine, metrics, capacity, batch
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._waiting = 0  # jobs that nobody has cancelled yet
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="unicorn-worker", daemon=True)
-        self.running: Job | None = None
+        self.running: list[Job] = []
         self._stopping = False
 
     def start(self) -> None:
@@ -74,8 +77,9 @@ class Worker:
     def stop(self) -> None:
         """Cancel what runs and waits, and end the thread."""
         self._stopping = True
-        if self.running is not None:
-            self.running.cancelled.set()
+        with self._lock:
+            for job in self.running:
+                job.cancelled.set()
         self._jobs.put(None)
         self._thread.join(timeout=30)
 
@@ -109,35 +113,60 @@ class Worker:
         self.metrics.waiting.set(self._waiting)
 
     def _run(self) -> None:
+        batch = Batch(self.engine, self.batch, on_step=self.metrics.batch_rows.observe)
         while (job := self._jobs.get()) is not None:
-            with self._lock:
-                if not job.waiting:  # abandoned
-                    continue
-                job.waiting = False
-                self._count(-1)
-                self.running = job
+            with one_state():  # until nothing runs, nobody changes the model
+                self._start(batch, job)
+                while batch:
+                    self._fill(batch)
+                    for ended, outcome in batch.step():
+                        self._end(ended, outcome)
+
+    def _fill(self, batch: Batch) -> None:
+        """Start what waits, as far as there is room."""
+        while batch.has_room:
+            try:
+                job = self._jobs.get_nowait()
+            except queue.Empty:
+                return
+            if job is None:  # for `_run`, once what runs has ended
+                self._jobs.put(None)
+                return
+            self._start(batch, job)
+
+    def _start(self, batch: Batch, job: Job) -> None:
+        with self._lock:
+            if not job.waiting:  # abandoned
+                return
+            job.waiting = False
+            self._count(-1)
             if self._stopping:
                 job.emit(RuntimeError("the server is stopping"))
-                continue
-            self.metrics.running.set(1)
-            self.metrics.queue_seconds.observe(time.perf_counter() - job.queued_at)
-            self._serve(job)
-            self.running = None
-            self.metrics.running.set(0)
+                return
+            self.running.append(job)
+        self.metrics.running.set(len(self.running))
+        self.metrics.queue_seconds.observe(time.perf_counter() - job.queued_at)
 
-    def _serve(self, job: Job) -> None:
         def on_text(text: str, logprobs: Sequence[TokenLogprob]) -> None:
             job.emit(Piece(text, logprobs))
 
-        try:
-            result = self.engine.generate(job.ids, job.settings, on_text if job.pieces else None, job.cancelled)
-        except Exception as error:  # one request's failure must not end the server; it is logged, counted and reported
-            log.exception("a request failed")
+        batch.add(job, job.ids, job.settings, on_text if job.pieces else None, job.cancelled)
+
+    def _end(self, job: Job, outcome: Result | Exception) -> None:
+        with self._lock:
+            self.running.remove(job)
+        self.metrics.running.set(len(self.running))
+        if isinstance(outcome, Exception):
+            log.error("a request failed", exc_info=outcome)
             self.metrics.failed.inc()
-            job.emit(error)
-            return
-        self.metrics.finished(result)
-        job.emit(result)
+        else:
+            self.metrics.finished(outcome)
+        job.emit(outcome)
 
     def describe(self) -> dict[str, Any]:
-        return {"running": self.running is not None, "waiting": self._waiting, "capacity": self.capacity}
+        return {
+            "running": len(self.running),
+            "batch": self.batch,
+            "waiting": self._waiting,
+            "capacity": self.capacity,
+        }
