@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -133,16 +132,16 @@ def _stack_experts(model: Any, recipe: Recipe, tensors: Mapping[str, StoredTenso
     for module in found:
         made = {}
         for name, linear, shape in experts.stacked_shapes(module):
-            stored = parts.get(f"{paths[module]}.{name}", [])
-            if experts.is_transposed(module) or not _are_rows(stored, shape[1]):
+            stored, turned = parts.get(f"{paths[module]}.{name}", []), experts.is_transposed(module)
+            if not _are_rows(stored, shape[1], turned):
                 break
-            if (rows := sum(math.prod(part.shape[:-1]) for part in stored)) != shape[0]:
+            if (rows := sum(part.numel for part in stored) // shape[1]) != shape[0]:
                 raise CheckpointError(
                     f"{stored[0].file.parent}: the experts of {paths[module]}.{name} have {rows} of {shape[0]} rows: "
                     "is a shard missing, or does config.json belong to another model?"
                 )
             weight = f"{paths[module]}.{linear}.weight"
-            made[weight] = StackedTensor(weight, stored[0].dtype, shape, stored[0].file, 0, tuple(stored))
+            made[weight] = StackedTensor(weight, stored[0].dtype, shape, stored[0].file, 0, tuple(stored), turned)
         else:
             experts.stack(module)
             stacks |= made
@@ -180,11 +179,12 @@ def _merges_rows(converter: WeightConverter) -> bool:
     return len(steps) == len(converter.operations) and steps == known
 
 
-def _are_rows(parts: list[StoredTensor], k: int) -> bool:
+def _are_rows(parts: list[StoredTensor], k: int, transposed: bool) -> bool:
     """True if these are float rows of `k` columns, all of one dtype."""
+    across = -2 if transposed else -1
     return (
         bool(parts)
-        and all(part.shape[-1] == k and part.scheme is None and not part.type_name for part in parts)
+        and all(part.shape[across] == k and part.scheme is None and not part.type_name for part in parts)
         and len({part.dtype for part in parts}) == 1
     )
 
