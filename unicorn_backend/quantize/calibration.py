@@ -86,6 +86,11 @@ def from_text(source: Source, kind: Any, text: str | Path, takes_part: Callable[
     Raises OptionError for a text that cannot be read or is too short, and QuantizationError where the model does not
     fit into the memory.
     """
+    if source.method is not None:
+        raise OptionError(
+            f"--calibration: {source.place} is stored with {source.method}, whose weights are kept; give its float "
+            "checkpoint, or quantize without"
+        )
     ids = _ids(source, text)
     needed, (_, free) = source.memory_bytes + HEADROOM, measure.ram()
     if needed > free:

@@ -9,6 +9,7 @@ the memory in use is a few blocks, whatever the size of the model.
 from __future__ import annotations
 
 import hashlib
+import math
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -30,7 +31,7 @@ from unicorn_backend.quantize.calibration import SAMPLE, from_text, on_grid
 from unicorn_backend.quantize.output import Output
 from unicorn_backend.quantize.prescale import Scaling
 from unicorn_backend.quantize.recipe import FLOAT, Recipe
-from unicorn_backend.quantize.schemes import SEARCHED, ensure_kernels
+from unicorn_backend.quantize.schemes import SEARCHED, ensure_kernels, quantization_noise
 from unicorn_backend.quantize.skeleton import Skeleton, skeleton
 from unicorn_backend.quantize.source import Source, open_source
 
@@ -46,9 +47,10 @@ class Piece:
     """A stored tensor and what becomes of it.
 
     dtype: what `from_pretrained` would load it as, and what is packed or copied.
-    exact: the stored values are taken over as they are, packed.
+    kept: the stored values are taken over, packed; exact: to the bit.
     importance: of the columns, for the search of scales.
     name: of the module, for what `scaling` does to its weight.
+    together: rows that no block may separate.
     """
 
     stored: StoredTensor
@@ -57,19 +59,28 @@ class Piece:
     reason: str = ""
     importance: Tensor | None = field(default=None, compare=False)
     name: str = ""
+    together: int = 1
     scaling: Scaling = field(default_factory=Scaling, compare=False)
 
     @property
-    def exact(self) -> bool:
+    def kept(self) -> bool:
         return self.scheme != FLOAT and self.stored.scheme == self.scheme
+
+    @property
+    def exact(self) -> bool:
+        return self.kept and self.stored.exact
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first, last) rows of a weight in steps of whole tiles, or elements of a float copy."""
         if self.scheme == FLOAT:
-            total, step = self.stored.numel, BLOCK_BYTES // self.stored.dtype.itemsize
+            total, unit, unit_bytes = self.stored.numel, 1, self.stored.dtype.itemsize
+            if self.together > 1:
+                unit = self.together * total // self.stored.shape[0]
+                unit_bytes *= unit
         else:
-            total = self.stored.shape[0]
-            step = max(1, BLOCK_BYTES // (ROWS * self.stored.nbytes // total)) * ROWS
+            total, unit = self.stored.shape[0], math.lcm(ROWS, self.together)
+            unit_bytes = unit * self.stored.nbytes // total
+        step = max(1, BLOCK_BYTES // unit_bytes) * unit
         for first in range(0, max(total, 1), step):
             yield first, min(first + step, total)
 
@@ -84,7 +95,7 @@ class Block:
 
     def read(self) -> Rows:
         stored = self.piece.stored
-        if self.piece.exact:
+        if self.piece.kept:
             return stored.packed_rows(self.first, self.last)
         name, scaling = self.piece.name, self.piece.scaling
         if self.piece.scheme != FLOAT:
@@ -132,11 +143,14 @@ def quantize_checkpoint(
     start = time.perf_counter()
     ensure_kernels()
     source = open_source(src)
+    if format != Unicorn.name:
+        source = source.without_close()
     # The other formats know experts one by one only, as they are stored.
     tensors = source.tensors if format == Unicorn.name else None
     model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
     target = _target(format, source, model)
-    pieces = plan_pieces(source, model)
+    pieces = [replace(piece, together=target.together(piece.stored.name)) for piece in plan_pieces(source, model)]
+    pieces += [_copy(stored, stored.dtype, "follows from the config") for stored in target.computed()]
     notes: tuple[str, ...] = ()
     if calibration is not None:
         pieces, notes = _calibrated(pieces, source, model, calibration)
@@ -220,7 +234,7 @@ def _calibrated(
     alone = {
         users[name][0]: piece
         for piece in pieces
-        if len(users.get(name := owners[piece.stored.name], ())) == 1 and not piece.exact
+        if len(users.get(name := owners[piece.stored.name], ())) == 1 and not piece.kept
     }
 
     def takes_part(name: str) -> bool:
@@ -233,7 +247,7 @@ def _calibrated(
     new = []
     for piece in pieces:
         name = owners[piece.stored.name]
-        wanted = piece.scheme in SEARCHED and not piece.exact
+        wanted = piece.scheme in SEARCHED and not piece.kept
         importance = found.importance_of(users.get(name, ())) if wanted else None
         new.append(replace(piece, importance=importance, name=name.removesuffix(".weight"), scaling=found.scaling))
     return new, found.scaling.refused
@@ -345,9 +359,12 @@ def _encode(target: Target, block: Block) -> tuple[list[Encoded], Noise]:
             if tensor.dtype in FLOATS and torch.ops.unicorn.count_nonfinite(tensor):
                 raise _not_finite(stored, first, rows)
     try:
-        return target.encode(stored.name, stored.shape, scheme, block.first, rows, block.piece.importance)
+        encoded, noise = target.encode(stored.name, stored.shape, scheme, block.first, rows, block.piece.importance)
     except ValueError as error:
         raise _not_finite(stored, first, rows) from error
+    if isinstance(rows, list) and not stored.exact:
+        noise = quantization_noise(stored.rows(block.first, block.last), rows)
+    return encoded, noise
 
 
 def _not_finite(stored: StoredTensor, offset: int, rows: Rows) -> QuantizationError:
