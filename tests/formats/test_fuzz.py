@@ -37,7 +37,8 @@ def micro(folder: Path) -> Path:
     """A Gemma 3 of 20 thousand parameters, with a tokenizer."""
     config = Gemma3TextConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
     Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):

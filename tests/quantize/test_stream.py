@@ -348,3 +348,8 @@ def test_files_beside_the_weights(source: Path, tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert "license: gemma" in card and "Gemma Terms of Use" in card and "Original" not in card
     assert "Gemma Terms of Use" in (out / "NOTICE").read_text()
+
+
+def test_a_rule_that_fits_nothing_is_said(tmp_path: Path) -> None:
+    result = quantize_checkpoint("tiny", tmp_path / "out", rules={"up_prj": "w8c", r"layers\.0\.": "w8c"})
+    assert result["notes"] == ["rule 'up_prj' fits no linear and no embedding"]

@@ -6,8 +6,7 @@ Where llama.cpp has a constant in its code instead of a key in the file (src/mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,10 +118,10 @@ def _refused(source: Source, what: str) -> CheckpointError:
 class ComputedTensor(StoredTensor):
     """A float vector that follows from the config; `file` is the config's place."""
 
-    values: Callable[[], Tensor] = lambda: torch.empty(0)
+    values: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
-        return self.values()[first:last]
+        return self.values[first:last]
 
 
 def computed(source: Source) -> list[StoredTensor]:
@@ -131,8 +130,7 @@ def computed(source: Source) -> list[StoredTensor]:
     if architecture(source) != "llama" or rope.get("rope_type") != "llama3":
         return []
     size = head_dim(source.config)
-    values = llama3_factors(rope, size)
-    return [ComputedTensor(ROPE_FREQS, torch.float32, (size // 2,), source.place, 0, lambda: values)]
+    return [ComputedTensor(ROPE_FREQS, torch.float32, (size // 2,), source.place, 0, llama3_factors(rope, size))]
 
 
 def llama3_factors(rope: dict[str, Any], size: int) -> Tensor:
@@ -141,7 +139,8 @@ def llama3_factors(rope: dict[str, Any], size: int) -> Tensor:
     turns = rope["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # within the original context
     low, high = rope["low_freq_factor"], rope["high_freq_factor"]
     smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / ((1 - smooth) / rope["factor"] + smooth)
+    factors: Tensor = 1 / ((1 - smooth) / rope["factor"] + smooth)
+    return factors
 
 
 def rotary_of(stored: Tensor, theta: float) -> dict[str, Any] | None:

@@ -26,11 +26,10 @@ from transformers.modeling_gguf_pytorch_utils import (
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.formats.gguf import GgufHeader, GgufTensor, read_header
 from unicorn_backend.formats.gguf_metadata import ROPE_FREQS, WIDE, rotary_of
+from unicorn_backend.formats.nonsense import NONSENSE
 
 __all__ = ["dtype_of", "named_tensors", "read_config", "read_header", "write_tokenizer"]
 
-# What transformers raises for metadata that make no sense; the file's header is sound at this point.
-_NONSENSE = (ValueError, TypeError, KeyError, IndexError, OverflowError, ZeroDivisionError, AttributeError)
 _SUPPORTED = (TensorProcessor, Gemma2TensorProcessor, LlamaTensorProcessor)
 # Not weights of the model: rotary tables that llama.cpp stores.
 _IGNORED = (ROPE_FREQS, "rope_factors_long.weight", "rope_factors_short.weight")
@@ -45,7 +44,7 @@ def read_config(header: GgufHeader) -> Any:
         raise CheckpointError(f"{path}: block_count is {layers}, with {len(header.tensors)} tensors in the file")
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except _NONSENSE as error:
+    except NONSENSE as error:
         raise CheckpointError(f"{path}: transformers cannot read a config from its metadata: {error}") from error
     if header.architecture == "gemma3":
         return _gemma3(config, header)
@@ -129,7 +128,7 @@ def named_tensors(header: GgufHeader, config: Any) -> Mapping[str, GgufTensor]:
     try:
         model = empty_model(config, torch.bfloat16)
         names = get_gguf_hf_weights_map(model, kind(config=config.to_dict()), header.architecture)
-    except (*_NONSENSE, NotImplementedError, RuntimeError) as error:
+    except NONSENSE as error:
         raise CheckpointError(f"{header.path}: its metadata describe no model: {error}") from error
     found = {}
     for name, tensor in header.tensors.items():
@@ -165,7 +164,7 @@ def write_tokenizer(path: Path, folder: Path) -> None:
     """The tokenizer inside a GGUF file, as transformers reads it, and the ids that end a text."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    except _NONSENSE as error:
+    except NONSENSE as error:
         raise CheckpointError(f"{path}: transformers cannot read its tokenizer: {error}") from error
     tokenizer.save_pretrained(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}

@@ -28,6 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from unicorn_backend.errors import CheckpointError
+from unicorn_backend.formats.nonsense import NONSENSE
 from unicorn_backend.formats.safetensors import StackedTensor, StoredTensor
 from unicorn_backend.quantize import experts, rewrite
 from unicorn_backend.quantize.recipe import Recipe
@@ -107,7 +108,12 @@ def skeleton(
     kept: {module name: scheme that holds the stored values}; asked after `rules` and before the recipe.
     tensors: the checkpoint's; experts whose weights are made of them are packed, others stay as they are.
     """
-    model = empty_model(config, dtype)
+    try:
+        model = empty_model(config, dtype)
+    except NONSENSE as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json: describes no model: {error}") from error
     exact = {f"^{re.escape(name)}$": scheme for name, scheme in (kept or {}).items()}
     chosen = rewrite.resolve(model, Recipe.named(recipe).with_overrides(exact), rules)
     stacks = _stack_experts(model, chosen, tensors) if tensors is not None else {}

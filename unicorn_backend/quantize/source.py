@@ -17,6 +17,7 @@ from transformers import AutoConfig
 from unicorn_backend import models
 from unicorn_backend.errors import CheckpointError
 from unicorn_backend.formats import bitsandbytes, compressed_tensors, gguf_model
+from unicorn_backend.formats.nonsense import NONSENSE
 from unicorn_backend.formats.safetensors import StoredTensor, folder_tensors
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -94,6 +95,7 @@ def open_source(name: str | Path) -> Source:
         return _open_gguf(str(name), path)
     tensors = folder_tensors(path)
     config = read_config(path)
+    _check_layers(path, config, len(tensors))
     method = _method(path, config)
     if method in _MERGED:
         del config.quantization_config
@@ -101,6 +103,13 @@ def open_source(name: str | Path) -> Source:
     elif method is not None:
         raise CheckpointError(f"{path}: is quantized already ({method}); give the float checkpoint")
     return Source(str(name), config, dtype_of(config, tensors), tensors, folder=path, method=method)
+
+
+def _check_layers(path: Path, config: Any, count: int) -> None:
+    """Before a model of a thousand million layers is built."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > count:
+        raise CheckpointError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}, with {count} tensors")
 
 
 def _method(path: Path, config: Any) -> str | None:
@@ -153,7 +162,7 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: no config.json; is it a folder written by save_pretrained?")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, *NONSENSE) as error:
         raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {error}") from error
 
 

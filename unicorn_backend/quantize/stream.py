@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,15 +20,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
 from unicorn_backend.formats.safetensors import StoredTensor
 from unicorn_backend.formats.target import Encoded, Noise, Rows, Target, Unicorn
 from unicorn_backend.layouts import ROWS
-from unicorn_backend.quantize import card, report, rewrite
-from unicorn_backend.quantize.calibration import SAMPLE, from_text, on_grid
+from unicorn_backend.quantize import card, outliers, report, rewrite
+from unicorn_backend.quantize.calibration import SAMPLE, Calibration, calibrate, model_and_ids, on_grid
+from unicorn_backend.quantize.calibration import importance as mean_squares
 from unicorn_backend.quantize.output import Output
 from unicorn_backend.quantize.prescale import Scaling
 from unicorn_backend.quantize.recipe import FLOAT, Recipe
@@ -122,6 +124,7 @@ def quantize_checkpoint(
     *,
     rules: rewrite.Rules | None = None,
     calibration: str | Path | None = None,
+    outlier_bits: float = 0.0,
     resume: bool = False,
     overwrite: bool = False,
     format: str = "unicorn",
@@ -134,6 +137,8 @@ def quantize_checkpoint(
     recipe, rules: as for `quantize`; a function in `rules` sees modules without weights.
     calibration: a UTF-8 text; the float model runs on it (and must fit into the memory), and what the columns of its
         weights meet there weighs their errors and scales them first, as for `quantize`.
+    outlier_bits: bits per weight of all linears to spend on those that suffer most from the recipe's few bits on the
+        calibration text: INT8 instead of w4g32, k-quants or INT8 instead of others.
     format: "unicorn", "gguf" or "compressed-tensors".
     resume: go on with an interrupted run of the same arguments. overwrite: replace an existing folder.
     progress: show a bar; None shows one from 1 GB on.
@@ -148,12 +153,21 @@ def quantize_checkpoint(
     # The other formats know experts one by one only, as they are stored.
     tensors = source.tensors if format == Unicorn.name else None
     model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
+    notes = _useless_rules(model, rules)
+    run: tuple[Any, Tensor] | None = None
+    if calibration is not None:
+        run = model_and_ids(source, type(model.model), calibration)
+    if outlier_bits:
+        found = outliers.rules(model.model, model.recipe, rules, run, outlier_bits)
+        rules, notes = outliers.after(rules, found), notes + outliers.notes(found)
+        model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
     target = _target(format, source, model)
     pieces = [replace(piece, together=target.together(piece.stored.name)) for piece in plan_pieces(source, model)]
     pieces += [_copy(stored, stored.dtype, "follows from the config") for stored in target.computed()]
-    notes: tuple[str, ...] = ()
-    if calibration is not None:
-        pieces, notes = _calibrated(pieces, source, model, calibration)
+    if run is not None:
+        pieces, refused = _calibrated(pieces, source, model, *run)
+        notes += refused
+        del run
     declared = {name: what for piece in pieces for name, what in _outputs(piece, target).items()}
     identity = _identity(source, model.recipe, target, shard_bytes, calibration)
     layout = target.layout(declared, shard_bytes)
@@ -169,6 +183,14 @@ def quantize_checkpoint(
         card.write_card(output.partial, source, result)
         output.publish()
     return result
+
+
+def _useless_rules(model: Skeleton, rules: rewrite.Rules | None) -> tuple[str, ...]:
+    """A note for each rule that is a name misspelt."""
+    names = [name for name, module in model.model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    patterns = rules if isinstance(rules, Mapping) else ()
+    useless = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]
+    return tuple(f"rule {pattern!r} fits no linear and no embedding" for pattern in useless)
 
 
 def _target(name: str, source: Source, model: Skeleton) -> Target:
@@ -223,7 +245,7 @@ def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
 
 
 def _calibrated(
-    pieces: list[Piece], source: Source, model: Skeleton, text: str | Path
+    pieces: list[Piece], source: Source, model: Skeleton, float_model: Any, ids: Tensor
 ) -> tuple[list[Piece], tuple[str, ...]]:
     """The pieces with what the text tells about them, and why some of them are not scaled."""
     tied = getattr(model.model, "all_tied_weights_keys", None) or {}
@@ -243,7 +265,8 @@ def _calibrated(
         stored, dtype = alone[name].stored, alone[name].dtype
         return not on_grid(stored.rows(0, min(SAMPLE, stored.shape[0])).to(dtype), alone[name].scheme)
 
-    found = from_text(source, type(model.model), text, takes_part)
+    packed = source.gguf is not None
+    found = Calibration(mean_squares(float_model, ids)) if packed else calibrate(float_model, ids, takes_part)
     new = []
     for piece in pieces:
         name = owners[piece.stored.name]
