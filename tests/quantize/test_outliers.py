@@ -14,6 +14,7 @@ from unicorn_backend import models, quantize, quantize_checkpoint
 from unicorn_backend.errors import OptionError
 from unicorn_backend.layouts import dequantize
 from unicorn_backend.quantize import outliers
+from unicorn_backend.quantize.modules import QuantLinear
 from unicorn_backend.quantize.quality import compare
 from unicorn_backend.quantize.schemes import quantize_weight
 
@@ -86,6 +87,18 @@ def test_disk_and_memory_choose_the_same(tmp_path: Path, ids: torch.Tensor) -> N
     assert f"{len(kept)} weights have more bits" in result["notes"][0]
     held, reference = models.sample_ids(3072)[..., 2048:], models.load()
     assert compare(model, reference, held).kl_mean < 0.9 * compare(plain, reference, held).kl_mean
+
+
+def test_mixtures_of_experts() -> None:
+    """Linears are chosen among, experts are not linears."""
+    from tests.quantize.test_experts import experts_of, make
+
+    model = make("qwen3_moe")
+    quantize(model, "q4", calibration=torch.randint(3, 120, (1, 64)), outlier_bits=1.0)
+    schemes = {name: module.scheme for name, module in model.named_modules() if isinstance(module, QuantLinear)}
+    assert {scheme for name, scheme in schemes.items() if "experts" in name} == {"w4g32"}
+    assert "w8c" in {scheme for name, scheme in schemes.items() if "self_attn" in name}
+    assert experts_of(model).gate_up.scheme == "w4g32"
 
 
 @pytest.mark.parametrize(

@@ -49,12 +49,11 @@ def rules(
     if run is None:
         raise OptionError("outlier bits: they are spent by what a text shows; give a calibration text, too")
     model, ids = run
+    floats = {name for name, module in model.named_modules() if type(module) is nn.Linear}  # experts are none
     jobs, _ = rewrite.plan(skeleton, recipe, getattr(skeleton, "all_tied_weights_keys", None))
     alone = {job.users[0][0]: (job.users[0][1], job.scheme) for job in jobs if len(job.users) == 1}
     linears = {
-        name: scheme
-        for name, (module, scheme) in alone.items()
-        if type(model.get_submodule(name)) is nn.Linear and not _decides(first, name, module)
+        name: scheme for name, (module, scheme) in alone.items() if name in floats and not _decides(first, name, module)
     }
     if not linears:
         raise OptionError("outlier bits: the model has no float linears to choose from")

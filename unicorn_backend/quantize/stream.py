@@ -150,17 +150,7 @@ def quantize_checkpoint(
     source = open_source(src)
     if format != Unicorn.name:
         source = source.without_close()
-    # The other formats know experts one by one only, as they are stored.
-    tensors = source.tensors if format == Unicorn.name else None
-    model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
-    notes = _useless_rules(model, rules)
-    run: tuple[Any, Tensor] | None = None
-    if calibration is not None:
-        run = model_and_ids(source, type(model.model), calibration)
-    if outlier_bits:
-        found = outliers.rules(model.model, model.recipe, rules, run, outlier_bits)
-        rules, notes = outliers.after(rules, found), notes + outliers.notes(found)
-        model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
+    model, run, notes = _decide(source, format, recipe, rules, calibration, outlier_bits)
     target = _target(format, source, model)
     pieces = [replace(piece, together=target.together(piece.stored.name)) for piece in plan_pieces(source, model)]
     pieces += [_copy(stored, stored.dtype, "follows from the config") for stored in target.computed()]
@@ -183,6 +173,27 @@ def quantize_checkpoint(
         card.write_card(output.partial, source, result)
         output.publish()
     return result
+
+
+def _decide(
+    source: Source,
+    format: str,
+    recipe: str | Recipe,
+    rules: rewrite.Rules | None,
+    calibration: str | Path | None,
+    outlier_bits: float,
+) -> tuple[Skeleton, tuple[Any, Tensor] | None, tuple[str, ...]]:
+    """(the model and its schemes, the float model and the ids to calibrate with, notes)."""
+    # The other formats know experts one by one only, as they are stored.
+    tensors = source.tensors if format == Unicorn.name else None
+    model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
+    notes = _useless_rules(model, rules)
+    run = None if calibration is None else model_and_ids(source, type(model.model), calibration)
+    if outlier_bits:
+        found = outliers.rules(model.model, model.recipe, rules, run, outlier_bits)
+        rules, notes = outliers.after(rules, found), notes + outliers.notes(found)
+        model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
+    return model, run, notes
 
 
 def _useless_rules(model: Skeleton, rules: rewrite.Rules | None) -> tuple[str, ...]:
