@@ -104,13 +104,13 @@ def quantize(
     found = experts.find_experts(model, chosen.scheme_for)
     _check_experts(found)
     _check_weights(jobs)
+    calibrated = _calibrate(model, calibration, jobs)  # before the experts are in a form that only runs packed
     for module in found:
         experts.stack(module)
     if found:
         jobs, _ = plan(model, chosen)
     total = sum(job.weight.nbytes for job in jobs)
     hidden = total < PROGRESS_BYTES if progress is None else not progress
-    calibrated = _calibrate(model, calibration, jobs)
     queue = deque(sorted(jobs, key=lambda job: job.weight.nbytes))
     del jobs
     mapped = MappedFiles()
