@@ -1,4 +1,4 @@
-"""Write the tables of README.md from the JSON in benchmarks/results/, between their markers.
+"""Write the tables of README.md and docs/quantization.md from the JSON in benchmarks/results/, between their markers.
 
     python benchmarks/tables.py            # rewrite
     python benchmarks/tables.py --check    # exit 1 if a table differs from its JSON
@@ -18,6 +18,7 @@ from typing import Any
 from unicorn_backend import table
 
 ROOT = Path(__file__).parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs" / "quantization.md")
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -125,6 +126,26 @@ def peers(result: dict[str, Any]) -> str:
     return f"{caption}\n\n{table.markdown(header, rows)}"
 
 
+def sizes(result: dict[str, Any]) -> str:
+    """Gigabytes of each recipe, and its bits per weight in the layers, of each size of model."""
+    models = [row["model"].removeprefix("gemma3-").upper() for row in result["rows"]]
+    header = ("recipe", *(f"{name}, GB" for name in models), *(f"{name}, bits" for name in models))
+    rows = [
+        (
+            f"`{recipe}`",
+            *(f"{row['recipes'][recipe]['bytes'] / 1e9:.2f}" for row in result["rows"]),
+            *(_bits(row["recipes"][recipe]["bits"]) for row in result["rows"]),
+        )
+        for recipe in result["rows"][0]["recipes"]
+    ]
+    rows.append(("llama.cpp's Q4_K_M", *("" for _ in models), *(_bits(row["llama.cpp"]) for row in result["rows"])))
+    return table.markdown(header, rows)
+
+
+def _bits(bits: dict[str, float]) -> str:
+    return f"{bits['layers']:.2f} ({bits['attention']:.2f}, {bits['ffn']:.2f})"
+
+
 def models(result: dict[str, Any]) -> str:
     """Architectures by what is matched; those of which the same is true share a row."""
     header = ("model types", "attention", "q, k, v", "feed-forward", "experts", "left to single ops or torch", "tokens")
@@ -213,6 +234,7 @@ KINDS = {
     "decode": decode,
     "quality": quality,
     "quantize": quantize,
+    "sizes": sizes,
 }
 
 
@@ -220,12 +242,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a table is out of date")
     check = parser.parse_args().check
-    path = ROOT / "README.md"
-    before = path.read_text(encoding="utf-8")
-    after = render(before)
-    if check and before != after:
-        sys.exit("README.md: tables differ from benchmarks/results/; run `make tables`")
-    path.write_text(after, encoding="utf-8")
+    for path in PAGES:
+        before = path.read_text(encoding="utf-8")
+        after = render(before)
+        if check and before != after:
+            sys.exit(f"{path.name}: tables differ from benchmarks/results/; run `make tables`")
+        path.write_text(after, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -301,6 +301,14 @@ def quantize(
         Path | None,
         typer.Option(help="UTF-8 text to run SRC on, to scale columns and weigh errors by. SRC must fit in RAM."),
     ] = None,
+    outlier_bits: Annotated[
+        float,
+        typer.Option(
+            "--outliers",
+            metavar="BITS",
+            help="Bits per weight to spend on what suffers most; with --calibration.",
+        ),
+    ] = 0.0,
     evaluation: Annotated[bool, typer.Option("--eval", help="Compare with SRC afterwards, into the report.")] = False,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text of --eval; a piece of WikiText-2 without.")] = None,
     min_top1: MinTop1 = 0.0,
@@ -321,6 +329,7 @@ def quantize(
         recipe,
         rules=_rules(rule or []),
         calibration=calibration,
+        outlier_bits=outlier_bits,
         format=format,
         resume=resume,
         overwrite=overwrite,

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
+from tests.formats.test_bitsandbytes import four_bits
 from unicorn_backend import quantize_checkpoint, verify
 from unicorn_backend.errors import CheckpointError, UnicornError
 from unicorn_backend.formats import gguf, safetensors
@@ -36,7 +37,8 @@ def micro(folder: Path) -> Path:
     """A Gemma 3 of 20 thousand parameters, with a tokenizer."""
     config = Gemma3TextConfig(
         vocab_size=300, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, head_dim=16, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+        num_key_value_heads=1, head_dim=16, query_pre_attn_scalar=16, sliding_window=16,
+        layer_types=["sliding_attention", "full_attention"],
     )  # fmt: skip
     Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -54,6 +56,25 @@ def blocks(model: Path, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     folder = tmp_path_factory.mktemp("blocks") / "out"
     quantize_checkpoint(model, folder, "q4", format="gguf")
     return (folder / "model.gguf").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def quantized(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The same in the formats of others."""
+    folder = tmp_path_factory.mktemp("quantized")
+    quantize_checkpoint(model, folder / "compressed-tensors", format="compressed-tensors")
+    shutil.copytree(model, folder / "bitsandbytes")
+    tensors = load_file(model / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors |= four_bits(name, tensors.pop(name), 64, nested="mlp" in name)[0]
+    save_file(tensors, folder / "bitsandbytes/model.safetensors", {"format": "pt"})
+    set_config(folder / "bitsandbytes", "quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True})
+    return {path.name: path for path in folder.iterdir()}
+
+
+def set_config(folder: Path, key: str, value: Any) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps(config | {key: value}), encoding="utf-8")
 
 
 @st.composite
@@ -140,12 +161,61 @@ def test_gguf_model(blocks: bytes, tmp_path: Path, damage: Any) -> None:
 @given(damage=damages())
 def test_checkpoint(model: Path, tmp_path: Path, damage: Any) -> None:
     """The whole run: no target for a damaged source, or one that is what its report says."""
-    source, target = tmp_path / "source", tmp_path / "out"
-    for folder in (source, target):
-        shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(model, source)
+    source = fresh_copy(model, tmp_path)
     data = (model / "model.safetensors").read_bytes()
     (source / "model.safetensors").write_bytes(damage(data, len(data)))
+    unharmed(source, tmp_path / "out")
+
+
+FORMATS = st.sampled_from(["compressed-tensors", "bitsandbytes"])
+
+
+@SLOW
+@given(kind=FORMATS, damage=damages())
+def test_quantized_checkpoint(quantized: dict[str, Path], tmp_path: Path, kind: str, damage: Any) -> None:
+    """Its headers, tables, scales, shapes and JSON: an error, or what the report says."""
+    source = fresh_copy(quantized[kind], tmp_path)
+    data = (source / "model.safetensors").read_bytes()
+    (source / "model.safetensors").write_bytes(damage(data, len(data)))
+    unharmed(source, tmp_path / "out")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+NAMES = ["quant_method", "format", "config_groups", "ignore", "load_in_4bit", "bnb_4bit_quant_type", "recipe"]
+METHODS = st.sampled_from(["compressed-tensors", "bitsandbytes", "unicorn", "gptq", "mxfp4"]) | JSON
+QUANTIZATION = JSON | st.fixed_dictionaries({"quant_method": METHODS}, optional=dict.fromkeys(NAMES[1:], JSON))
+
+
+@SLOW
+@given(kind=FORMATS, value=QUANTIZATION)
+def test_quantization_config(quantized: dict[str, Path], tmp_path: Path, kind: str, value: Any) -> None:
+    source = fresh_copy(quantized[kind], tmp_path)
+    set_config(source, "quantization_config", value)
+    unharmed(source, tmp_path / "out")
+
+
+@SLOW
+@given(data=st.data())
+def test_config(model: Path, tmp_path: Path, data: Any) -> None:
+    """Any value of config.json replaced by any other."""
+    source = fresh_copy(model, tmp_path)
+    keys = sorted(json.loads((source / "config.json").read_text(encoding="utf-8")))
+    set_config(source, data.draw(st.sampled_from(keys)), data.draw(JSON))
+    unharmed(source, tmp_path / "out")
+
+
+def fresh_copy(folder: Path, place: Path) -> Path:
+    shutil.rmtree(place / "source", ignore_errors=True)
+    return Path(shutil.copytree(folder, place / "source"))
+
+
+def unharmed(source: Path, target: Path) -> None:
+    """An error of this package and no target, or a target that is what its report says."""
+    shutil.rmtree(target, ignore_errors=True)
     try:
         quantize_checkpoint(source, target)
     except UnicornError:

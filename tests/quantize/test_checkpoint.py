@@ -163,6 +163,21 @@ def test_vision_language_model(tmp_path: Path) -> None:
         assert torch.isfinite(loaded(IDS.clamp_max(290)).logits).all()
 
 
+def test_ultra_packs_the_vision_tower() -> None:
+    """In INT8, with features that stay; the position table and the projector's own matrix do not."""
+    model = vision_model()
+    model.model.multi_modal_projector.mm_input_projection_weight.data.normal_()
+    pixels = torch.randn(1, 3, 28, 28, dtype=torch.bfloat16)
+    with torch.no_grad():
+        before = model.get_image_features(pixels).pooler_output.float()
+        quantize(model, "ultra")
+        after = model.get_image_features(pixels).pooler_output.float()
+    vision = [row for row in quantization_report(model) if "vision" in row.name or "projector" in row.name]
+    assert {row.scheme for row in vision if ".layers." in row.name} == {"w8g32"}
+    assert {row.scheme for row in vision if "position" in row.name} == {"float"}
+    assert float((after - before).norm() / before.norm()) < 0.03
+
+
 @pytest.mark.parametrize("cut", [0, 4, 100, 5000, -1])
 def test_truncated_file(broken: Path, cut: int) -> None:
     path = broken / "model.safetensors"

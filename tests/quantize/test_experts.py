@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,11 +85,12 @@ GEMMA4 = {
 }
 
 
-@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gemma4_text"])
+@pytest.mark.parametrize("model_type", ["qwen3_moe", "mixtral", "gemma4_text", "gpt_oss"])
 def test_a_packed_checkpoint_with_experts_loads(model_type: str, tmp_path: Path) -> None:
-    """Quantized in memory and saved, or from disk to disk in blocks that end within an expert: the same bytes.
+    """Quantized in memory, while loading, or from disk to disk in blocks that end within an expert: the same bytes.
 
-    The first two are stored expert by expert, Mixtral's also under other names; Gemma 4's as 3-D tensors.
+    The first two are stored expert by expert, Mixtral's also under other names; Gemma 4's as 3-D tensors, GPT-OSS's
+    as transposed ones.
     """
     from transformers import AutoModelForCausalLM
 
@@ -96,28 +98,27 @@ def test_a_packed_checkpoint_with_experts_loads(model_type: str, tmp_path: Path)
     make(model_type, **extra).bfloat16().save_pretrained(tmp_path / "float")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype="auto").eval()
     unicorn_backend.quantize(model).save_pretrained(tmp_path / "saved")
+    config = unicorn_backend.UnicornConfig()
+    loading = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype="auto", quantization_config=config).eval()
+    assert isinstance(experts_of(loading), StackedExperts)
+    loading.save_pretrained(tmp_path / "loaded")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stream, "BLOCK_BYTES", 48 * 64 * 2)
         result = stream.quantize_checkpoint(tmp_path / "float", tmp_path / "streamed")
-    schemes = {row["scheme"] for row in result["weights"] if ".experts." in row["name"]}
+    schemes = {row["scheme"] for row in result["weights"] if re.search(r"\.experts\.\w+\.weight$", row["name"])}
     assert schemes == {"w4g32"} and verify(tmp_path / "streamed", progress=False) == []
     ids = torch.arange(3, 12)[None]
     with torch.no_grad():
         want = model(ids).logits
-        for name in ("saved", "streamed"):
+        assert torch.equal(loading(ids).logits, want)
+        for name in ("saved", "loaded", "streamed"):
             loaded = AutoModelForCausalLM.from_pretrained(tmp_path / name).eval()
             assert isinstance(experts_of(loaded), StackedExperts)
             assert torch.equal(loaded(ids).logits, want)
 
 
 def test_experts_that_cannot_be_stacked_are_copied(tmp_path: Path) -> None:
-    """Transposed ones, and for formats that hold experts one by one. Experts that are not all there are an error."""
-    from transformers import AutoModelForCausalLM
-
-    make("gpt_oss").save_pretrained(tmp_path / "float")
-    stream.quantize_checkpoint(tmp_path / "float", tmp_path / "out")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert torch.equal(experts_of(loaded).down_proj, experts_of(make("gpt_oss")).down_proj)
+    """For formats that hold experts one by one. Experts that are not all there are an error."""
     make("qwen3_moe").save_pretrained(tmp_path / "qwen")
     stream.quantize_checkpoint(tmp_path / "qwen", tmp_path / "vllm", format="compressed-tensors")
     names = safe_open(tmp_path / "vllm" / "model.safetensors", "pt").keys()
@@ -136,3 +137,13 @@ def test_a_bad_value_changes_nothing() -> None:
     with pytest.raises(QuantizationError, match="NaN"):
         unicorn_backend.quantize(model)
     assert not isinstance(experts_of(model), StackedExperts) and isinstance(model.lm_head.weight, nn.Parameter)
+
+
+def test_a_bad_value_stops_loading(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = make("gpt_oss")
+    experts_of(model).down_proj.data[1, 2, 3] = torch.nan
+    model.save_pretrained(tmp_path)
+    with pytest.raises(QuantizationError, match=r"experts\.down_proj.*NaN"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=unicorn_backend.UnicornConfig())

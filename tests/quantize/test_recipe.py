@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from tests.scripts import ROOT, load
 from unicorn_backend.errors import CheckpointError, OptionError
 from unicorn_backend.quantize.recipe import Recipe, Rule, recipes
 
@@ -146,3 +147,13 @@ def test_damaged_json(change: dict[str, Any], message: str) -> None:
 def test_bad_rules(rule: tuple[str, str, str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Rule(*rule)
+
+
+def test_ultra_brings_27_billion_weights_under_16_gb() -> None:
+    """Of the true shapes, with the vision tower; and the table in the docs is of this code."""
+    sizes = load(ROOT / "benchmarks" / "sizes.py")
+    whole = sizes.model("gemma3-27b")
+    assert sizes.total_bytes(whole, {}) == 54_864_813_280  # as published
+    total = sizes.total_bytes(whole, sizes.schemes(whole, "ultra"))
+    written = json.loads(sizes.RESULT.read_text(encoding="utf-8"))["rows"]
+    assert total == next(row for row in written if row["model"] == "gemma3-27b")["recipes"]["ultra"]["bytes"] < 16e9

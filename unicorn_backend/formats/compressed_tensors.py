@@ -179,6 +179,12 @@ class CompressedTensorsOut:
         self._dtype: torch.dtype = source.dtype
         self._parameter_of = model.parameter_of
 
+    def together(self, name: str) -> int:
+        return 1
+
+    def computed(self) -> list[StoredTensor]:
+        return []
+
     def label(self, shape: tuple[int, ...], scheme: str) -> str:
         return {"w4g32": "int4-g32", "w8c": "int8-channel"}.get(scheme, FLOAT)
 

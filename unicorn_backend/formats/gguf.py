@@ -78,9 +78,11 @@ class GgufTensor(StoredTensor):
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         """Elements first..last-1 of the flattened tensor; for block types only whole rows."""
         last = self.numel if last is None else last
+        stored = StoredTensor(self.name, FLOATS.get(self.type, torch.uint8), self.shape, self.file, self.offset)
         if self.type in FLOATS and self.row_order is None:
-            stored = StoredTensor(self.name, FLOATS[self.type], self.shape, self.file, self.offset)
             values = stored.read(first, last)
+        elif self.type in FLOATS and self.row_order is not None and len(self.shape) == 1:  # a bias
+            values = stored.read()[self.row_order[first:last]]
         else:
             k = self.shape[-1]
             values = self._values(self._blocks(first // k, -(-last // k)))[first % k :][: last - first]

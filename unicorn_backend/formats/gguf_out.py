@@ -11,17 +11,18 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quantize
 from torch import Tensor
-from transformers.modeling_gguf_pytorch_utils import Gemma2TensorProcessor, get_gguf_hf_weights_map
+from transformers.modeling_gguf_pytorch_utils import TensorProcessor, get_gguf_hf_weights_map
 
 from unicorn_backend.errors import CheckpointError
-from unicorn_backend.formats import gguf_tokenizer
+from unicorn_backend.formats import gguf_metadata, gguf_tokenizer
+from unicorn_backend.formats.safetensors import StoredTensor
 from unicorn_backend.formats.target import (
     LOSSLESS,
     Declared,
@@ -62,30 +63,38 @@ _FLOATS = {torch.float32: Type.F32, torch.float16: Type.F16, torch.bfloat16: Typ
 
 
 class GgufOut:
-    """A Gemma 3 text model as `model.gguf`."""
+    """A text model as `model.gguf`."""
 
     name = "gguf"
 
     def __init__(self, source: Source, model: Skeleton) -> None:
-        if source.config.model_type != "gemma3_text":
-            raise CheckpointError(
-                f"{source.place}: --format gguf writes Gemma 3 text models; this is {source.config.model_type!r}"
-            )
         self._source = source
-        names = get_gguf_hf_weights_map(model.model, Gemma2TensorProcessor())
+        self._architecture = gguf_metadata.architecture(source)
+        names = get_gguf_hf_weights_map(model.model, TensorProcessor(), self._architecture)
         self._names: dict[str, str] = {hf: gguf for gguf, hf in names.items()}
+        self._names[gguf_metadata.ROPE_FREQS] = gguf_metadata.ROPE_FREQS
         self._types: dict[str, Type] = {}
+        self._columns: dict[str, int] = {}
+
+    def together(self, name: str) -> int:
+        """llama.cpp wants the two halves of each head of Llama's q and k interleaved."""
+        rotated = self._architecture == "llama" and (".q_proj." in name or ".k_proj." in name)
+        return gguf_metadata.head_dim(self._source.config) if rotated else 1
+
+    def computed(self) -> list[StoredTensor]:
+        return gguf_metadata.computed(self._source)
 
     def label(self, shape: tuple[int, ...], scheme: str) -> str:
-        return FLOAT if scheme == FLOAT else str(_type_of(scheme, shape).name)
+        return FLOAT if scheme == FLOAT else str(type_of(scheme, shape).name)
 
     def outputs(self, name: str, dtype: torch.dtype, shape: tuple[int, ...], scheme: str) -> Declared:
         if scheme != FLOAT and shape[1] % GROUP:
             raise CheckpointError(f"{name}: {shape[1]} columns are no multiple of {GROUP}, which GGUF blocks need")
-        kind = _type_of(scheme, shape) if scheme != FLOAT else Type.F32 if len(shape) == 1 else _FLOATS[dtype]
+        kind = type_of(scheme, shape) if scheme != FLOAT else Type.F32 if len(shape) == 1 else _FLOATS[dtype]
         elements, size = GGML_QUANT_SIZES[kind]
         renamed = self._renamed(name)
         self._types[renamed] = kind
+        self._columns[name] = shape[-1] if len(shape) > 1 else 1
         return {renamed: (torch.uint8, (*shape[:-1], shape[-1] // elements * size))}
 
     def encode(
@@ -100,21 +109,27 @@ class GgufOut:
         renamed = self._renamed(name)
         if scheme == FLOAT:
             assert isinstance(rows, Tensor)
-            values = rows.float() + (1.0 if "norm.weight" in renamed else 0.0) if len(shape) == 1 else rows
-            return [(renamed, first * values.element_size(), values)], LOSSLESS
-        kind = _type_of(scheme, shape)
+            values = rows.float() + self._offset(renamed) if len(shape) == 1 else rows
+            return [(renamed, first * values.element_size(), self._interleaved(name, values))], LOSSLESS
+        kind = type_of(scheme, shape)
         if kind != _TYPES[scheme] and kind != Type.Q8_0:
             data, noise = _by_package(rows, kind)
         elif scheme in ("w8c", "w8a") or kind != _TYPES[scheme]:
             data, noise = _q8_0(rows)
         else:
             data, noise = _same_values(rows, scheme, importance)
-        data = data[: shape[0] - first]
+        data = self._interleaved(name, data[: shape[0] - first])
         return [(renamed, first * data.shape[1], data)], noise
 
     def layout(self, declared: Declared, shard_bytes: int) -> Layout:
-        writer = GGUFWriter(path=None, arch="gemma3")
-        _write_metadata(writer, self._source, self._types)
+        writer = GGUFWriter(path=None, arch=self._architecture)
+        gguf_metadata.write(writer, self._source)
+        writer.add_file_type(_file_type(self._types))
+        if self._source.folder is not None:
+            gguf_tokenizer.write(writer, self._source.folder, self._source.config)
+        else:
+            assert self._source.gguf is not None
+            gguf_tokenizer.copy(writer, self._source.gguf)
         for name, (_, shape) in declared.items():
             writer.add_tensor_info(name, list(shape), np.dtype(np.uint8), int(np.prod(shape)), self._types[name])
         with tempfile.TemporaryDirectory() as folder:
@@ -135,13 +150,24 @@ class GgufOut:
     def write_beside(self, folder: Path, source: Source, model: Skeleton, labels: Mapping[str, str]) -> None:
         """Nothing: the file holds config and tokenizer."""
 
+    def _interleaved(self, name: str, rows: Tensor) -> Tensor:
+        """Whole heads of rows (or flattened elements) in the order that the file has."""
+        if (head := self.together(name)) == 1:
+            return rows
+        halves = rows.view(-1, 2, head // 2, rows.shape[1] if rows.dim() == 2 else self._columns[name])
+        return halves.transpose(1, 2).reshape(rows.shape)
+
+    def _offset(self, renamed: str) -> float:
+        """Gemma multiplies with 1 + weight, llama.cpp with what is in the file."""
+        return 1.0 if self._architecture.startswith("gemma") and "norm.weight" in renamed else 0.0
+
     def _renamed(self, name: str) -> str:
         if name not in self._names:
             raise CheckpointError(f"{name}: GGUF has no name for it")
         return self._names[name]
 
 
-def _type_of(scheme: str, shape: tuple[int, ...]) -> Type:
+def type_of(scheme: str, shape: tuple[int, ...]) -> Type:
     kind = _TYPES[scheme]
     return _NARROW[kind] if shape[1] % GGML_QUANT_SIZES[kind][0] else kind
 
@@ -261,41 +287,6 @@ def _q8_0(rows: Rows) -> tuple[Tensor, Noise]:
     stored = d.half()
     error = x - q * stored.float()
     return _blocks(stored[..., 0], q.to(torch.int8).view(torch.uint8)), (squares(x), squares(error))
-
-
-def _write_metadata(writer: GGUFWriter, source: Source, types: Mapping[str, Type]) -> None:
-    """What llama.cpp reads of a Gemma 3 text model (src/models/gemma3.cpp)."""
-    config = source.config
-    rope: dict[str, Any] = config.rope_parameters
-    full, local = rope["full_attention"], rope["sliding_attention"]
-    writer.add_name(Path(source.name).name)
-    writer.add_file_type(_file_type(types))
-    writer.add_quantization_version(2)
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
-    writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_sliding_window(config.sliding_window)
-    writer.add_array(
-        "gemma3.attention.sliding_window_pattern", [kind == "sliding_attention" for kind in config.layer_types]
-    )
-    writer.add_rope_freq_base(full["rope_theta"])
-    writer.add_float32("gemma3.rope.freq_base_swa", local["rope_theta"])
-    if full["rope_type"] == "linear":
-        writer.add_rope_scaling_type(RopeScalingType.LINEAR)
-        writer.add_rope_scaling_factor(full["factor"])
-    if config.final_logit_softcapping:
-        writer.add_final_logit_softcapping(config.final_logit_softcapping)
-    if source.folder is not None:
-        gguf_tokenizer.write(writer, source.folder, config)
-    else:
-        assert source.gguf is not None
-        gguf_tokenizer.copy(writer, source.gguf)
 
 
 def _file_type(types: Mapping[str, Type]) -> LlamaFileType:

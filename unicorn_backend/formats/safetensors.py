@@ -62,8 +62,17 @@ class StoredTensor:
 
     @property
     def scheme(self) -> str | None:
-        """The scheme whose packed form holds the stored values exactly; None for floats."""
+        """The scheme whose packed form holds the stored values; None for floats."""
         return None
+
+    @property
+    def exact(self) -> bool:
+        """Whether `scheme` holds the stored values to the bit, or only closely."""
+        return True
+
+    def dequantized(self) -> StoredTensor:
+        """The same values, read as floats."""
+        return self
 
     @property
     def type_name(self) -> str:
@@ -97,15 +106,19 @@ class StoredTensor:
         return self.read(first * k, last * k).view(last - first, k)
 
     def packed_rows(self, first: int, last: int) -> list[Tensor]:
-        """Rows first..last-1 (whole tiles) packed as `scheme` says, with the stored values."""
+        """Rows first..last-1 (whole tiles) packed as `scheme` says, with the stored values (as `exact` says)."""
         raise TypeError(f"{self.file}: tensor {self.name!r} is not stored quantized")
 
 
 @dataclass(frozen=True)
 class StackedTensor(StoredTensor):
-    """A matrix [N, K] whose rows are those of `parts` one under another: matrices, or 3-D tensors of matrices."""
+    """A matrix [N, K] whose rows are those of `parts` one under another: matrices, or 3-D tensors of matrices.
+
+    transposed: the rows are the columns of the parts' matrices [.., K, columns].
+    """
 
     parts: tuple[StoredTensor, ...] = ()
+    transposed: bool = False
 
     def rows(self, first: int, last: int) -> Tensor:
         k, at, found = self.shape[1], 0, []
@@ -113,9 +126,18 @@ class StackedTensor(StoredTensor):
             count = part.numel // k
             begin, end = max(first - at, 0), min(last - at, count)
             if begin < end:
-                found.append(part.read(begin * k, end * k).view(-1, k))
+                turned = self.transposed
+                found += self._columns(part, begin, end) if turned else [part.read(begin * k, end * k).view(-1, k)]
             at += count
         return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _columns(self, part: StoredTensor, first: int, last: int) -> list[Tensor]:
+        """Columns first..last-1, counted through the matrices of a part, as rows. A matrix is read whole."""
+        k, n, found = self.shape[1], part.shape[-1], []
+        for i in range(first // n, -(-last // n)):
+            matrix = part.read(i * k * n, (i + 1) * k * n).view(k, n)
+            found.append(matrix[:, max(first - i * n, 0) : last - i * n].t().contiguous())
+        return found
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         raise TypeError(f"{self.name!r} consists of {len(self.parts)} stored tensors: it is read by rows")

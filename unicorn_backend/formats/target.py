@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
-from unicorn_backend.formats.safetensors import make_header
+from unicorn_backend.formats.safetensors import StoredTensor, make_header
 from unicorn_backend.layouts import PARTS, ROWS, buffers_of, empty_packed
 from unicorn_backend.quantize import report
 from unicorn_backend.quantize.recipe import FLOAT
@@ -50,6 +50,12 @@ class Target(Protocol):
 
     name: str
 
+    def together(self, name: str) -> int:
+        """How many rows of a tensor blocks must keep together."""
+
+    def computed(self) -> list[StoredTensor]:
+        """Float tensors of the format that the checkpoint does not have."""
+
     def label(self, shape: tuple[int, ...], scheme: str) -> str:
         """How the format calls what a weight of this scheme becomes."""
 
@@ -81,6 +87,12 @@ class Unicorn:
     """Packed tiles in safetensors: what `save_pretrained` of a quantized model writes."""
 
     name = "unicorn"
+
+    def together(self, name: str) -> int:
+        return 1
+
+    def computed(self) -> list[StoredTensor]:
+        return []
 
     def label(self, shape: tuple[int, ...], scheme: str) -> str:
         return scheme

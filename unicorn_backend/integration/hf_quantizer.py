@@ -73,6 +73,7 @@ class UnicornQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self._jobs: list[rewrite.Job] = []
         self._by_name: dict[str, rewrite.Job] = {}
+        self._experts: dict[str, tuple[nn.Module, str, str]] = {}
         self._error: Exception | None = None
         self._mapped: MappedFiles | None = None
 
@@ -105,6 +106,7 @@ class UnicornQuantizer(HfQuantizer):
         self._jobs, _left = rewrite.plan(model, self.recipe, getattr(model, "all_tied_weights_keys", None))
         if not self.pre_quantized:
             self._by_name = {f"{name}.weight": job for job in self._jobs for name, _ in job.users}
+            self._experts = experts.find_weights(model, self.recipe.scheme_for)
             return
         for job in self._jobs:
             _pack_meta(job)
@@ -112,7 +114,7 @@ class UnicornQuantizer(HfQuantizer):
         untie(model)
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **_: Any) -> bool:
-        return param_name in self._by_name
+        return param_name in self._by_name or param_name in self._experts
 
     def get_quantize_ops(self) -> UnicornQuantizer:
         return self  # the loader asks the operation for `convert` only
@@ -134,23 +136,42 @@ class UnicornQuantizer(HfQuantizer):
         for key in list(input_dict):
             job = self._by_name.get(key)
             value = input_dict.pop(key)
-            if job is None:
+            if job is None and key not in self._experts:
                 rest[key] = value
                 continue
             weight = value.pop() if isinstance(value, list) else value
             del value
             storage = weight.untyped_storage()
-            self._place(job, key, weight)
+            done = self._place_experts(key, weight) if job is None else self._place(job, key, weight)
             del weight
             self._mapped.release(storage)
             if missing_keys is not None:
-                missing_keys.difference_update(f"{name}.weight" for name, _ in job.users)
-            if model is not None and len(job.users) > 1:
+                missing_keys.difference_update(done)
+            if model is not None and len(done) > 1:
                 untie(model)
         return rest
 
-    def _place(self, job: rewrite.Job, key: str, weight: Tensor) -> None:
-        """Pack `weight` into the modules of `job`; a second, different weight for a tied module unties it."""
+    def _place_experts(self, key: str, weight: Tensor) -> list[str]:
+        """Pack a 3-D weight of experts into the linear that takes its place. Returns the parameter that is done."""
+        module, name, scheme = self._experts[key]
+        wanted = list(module._parameters[name].shape)  # type: ignore[union-attr]
+        try:
+            if self._error is not None:
+                raise self._error
+            if list(weight.shape) != wanted:
+                raise CheckpointError(f"{key}: got shape {list(weight.shape)}, the model has {wanted}")
+            linear = experts.stack_weight(module, name, weight)
+            pack_module(linear, rewrite.pack_weight(linear.weight.detach(), scheme, key))
+        except (CheckpointError, QuantizationError) as error:
+            self._error = error
+        return [key]
+
+    def _place(self, job: rewrite.Job, key: str, weight: Tensor) -> list[str]:
+        """Pack `weight` into the modules of `job`; a second, different weight for a tied module unties it.
+
+        Returns the parameters that are done.
+        """
+        parameters = [f"{name}.weight" for name, _ in job.users]
         name = key.removesuffix(".weight")
         done = isinstance(job.users[0][1], (QuantLinear, QuantEmbedding))
         try:
@@ -163,16 +184,18 @@ class UnicornQuantizer(HfQuantizer):
             self._error = error
             if not done:
                 _pack_meta(job)
-            return
+            return parameters
         if not done:
             for i, (_, module) in enumerate(job.users):
                 pack_module(module, packed, owner=i == 0)
-            return
+            return parameters
         first: Any = job.users[0][1]
         if not all(map(torch.equal, packed, first.packed)):
             other: Any = dict(job.users)[name]
             other.set_packed(packed)
             job.users = [user for user in job.users if user[1] is not other]
+            parameters = [f"{name}.weight" for name, _ in job.users]
+        return parameters
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Packed tensors keep the dtype they have in the file."""
@@ -192,7 +215,7 @@ class UnicornQuantizer(HfQuantizer):
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         model.__dict__["_unicorn_recipe"] = self.recipe
-        self._jobs, self._by_name, self._mapped = [], {}, None
+        self._jobs, self._by_name, self._experts, self._mapped = [], {}, {}, None
         return model
 
     def is_serializable(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-# Shapes from the published config.json of google/gemma-3-1b-it and google/gemma-3-4b-it (text part).
+# Shapes from the published config.json of google/gemma-3-1b-it, 4b, 12b and 27b (text part).
 CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3-1b": dict(
         hidden_size=1152,
@@ -31,19 +31,37 @@ CONFIGS: dict[str, dict[str, Any]] = {
         vocab_size=262208,
         sliding_window=1024,
     ),
+    "gemma3-12b": dict(
+        hidden_size=3840,
+        intermediate_size=15360,
+        num_hidden_layers=48,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        vocab_size=262208,
+        sliding_window=1024,
+    ),
+    "gemma3-27b": dict(
+        hidden_size=5376,
+        intermediate_size=21504,
+        num_hidden_layers=62,
+        num_attention_heads=32,
+        num_key_value_heads=16,
+        head_dim=128,
+        query_pre_attn_scalar=168,
+        vocab_size=262208,
+        sliding_window=1024,
+    ),
 }
 
 
 def config(name: str, **changes: Any) -> Any:
-    """`Gemma3TextConfig` of a known size: five sliding layers to one full layer, head dim 256."""
+    """`Gemma3TextConfig` of a known size: five sliding layers to one full layer, head dim 256 unless it says so."""
     from transformers import Gemma3TextConfig
 
     shape = {**CONFIGS[name], **changes}
     kinds = ["full_attention" if (i + 1) % 6 == 0 else "sliding_attention" for i in range(shape["num_hidden_layers"])]
     return Gemma3TextConfig(
-        **shape,
-        head_dim=256,
-        query_pre_attn_scalar=256,
+        **{"head_dim": 256, "query_pre_attn_scalar": 256, **shape},
         hidden_activation="gelu_pytorch_tanh",
         layer_types=kinds,
         max_position_embeddings=32768,

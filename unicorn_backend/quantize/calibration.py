@@ -79,13 +79,18 @@ def importance(model: nn.Module, ids: Tensor, window: int = WINDOW) -> dict[str,
     return {name: _normalised(total, name) for name, total in sums.items() if total.any()}
 
 
-def from_text(source: Source, kind: Any, text: str | Path, takes_part: Callable[[str], bool]) -> Calibration:
-    """`calibrate` for a checkpoint, over the begin of a UTF-8 text file.
+def model_and_ids(source: Source, kind: Any, text: str | Path) -> tuple[Any, Tensor]:
+    """The model of a checkpoint in its own dtype, and token ids int64 [1, T] of the begin of a UTF-8 text file.
 
-    kind: the transformers class of the model, which names the linears. It runs in its own dtype.
+    kind: the transformers class of the model, which names the linears. What a GGUF file stores packed stays so.
     Raises OptionError for a text that cannot be read or is too short, and QuantizationError where the model does not
     fit into the memory.
     """
+    if source.method is not None:
+        raise OptionError(
+            f"--calibration: {source.place} is stored with {source.method}, whose weights are kept; give its float "
+            "checkpoint, or quantize without"
+        )
     ids = _ids(source, text)
     needed, (_, free) = source.memory_bytes + HEADROOM, measure.ram()
     if needed > free:
@@ -94,8 +99,8 @@ def from_text(source: Source, kind: Any, text: str | Path, takes_part: Callable[
             "free. Calibrate on a machine with more memory, or quantize without"
         )
     if source.gguf is not None:
-        return Calibration(importance(models.load(source.gguf), ids))
-    return calibrate(kind.from_pretrained(source.folder, dtype="auto").eval(), ids, takes_part)
+        return models.load(source.gguf), ids
+    return kind.from_pretrained(source.folder, dtype="auto").eval(), ids
 
 
 def _ids(source: Source, text: str | Path) -> Tensor:

@@ -56,11 +56,35 @@ def find_experts(model: nn.Module, scheme_for: Callable[[str, nn.Module], str | 
 def stack(module: nn.Module) -> None:
     """Bring experts into the form that is packed next. Weights that are transposed are copied, others stay."""
     for name in _names(module):
-        linear = _stacked(module, name)
-        del module._parameters[name]
-        module.add_module(_child(name), linear)
-    module.__class__ = _class(type(module))  # type: ignore[arg-type]
+        stack_weight(module, name)
+
+
+def stack_weight(module: nn.Module, name: str, weight: Tensor | None = None) -> nn.Linear:
+    """`stack` for one of the two weights, with another value if there is one; the second one changes the class."""
+    if weight is not None:
+        module._parameters[name] = nn.Parameter(weight, requires_grad=False)
+    linear = _stacked(module, name)
+    del module._parameters[name]
+    module.add_module(_child(name), linear)
     module._is_hf_initialized = True  # type: ignore[assignment]  # else loading initialises weights it no longer has
+    if all(name not in module._parameters for name in _names(module)):
+        module.__class__ = _class(type(module))  # type: ignore[arg-type]
+    return linear
+
+
+def find_weights(
+    model: nn.Module, scheme_for: Callable[[str, nn.Module], str | None]
+) -> dict[str, tuple[nn.Module, str, str]]:
+    """{parameter: (experts, its name there, scheme)} of the weights of `find_experts`."""
+    paths = {module: path for path, module in model.named_modules()}
+    linear = nn.Linear(1, 2, bias=False, device="meta")
+    found = {}
+    for module in find_experts(model, scheme_for):
+        for name in _names(module):
+            scheme = scheme_for(f"{paths[module]}.{_child(name)}", linear)
+            assert scheme is not None
+            found[f"{paths[module]}.{name}"] = (module, name, scheme)
+    return found
 
 
 def stacked_shapes(module: nn.Module) -> list[tuple[str, str, tuple[int, int]]]:

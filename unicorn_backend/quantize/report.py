@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from unicorn_backend.quantize.source import Source
     from unicorn_backend.quantize.stream import Piece
 
+_AGAIN = "were dequantized and quantized again to {scheme}"
+_CLOSE = "kept their integers in {scheme}, with its rounding of table and scales (sqnr_db)"
 NAME = "quantization_report.json"
 VERSION = 1
 
@@ -81,15 +83,14 @@ def write_json(path: Path, data: Any) -> None:
 
 def _notes(source: Source, weights: list[dict[str, Any]]) -> list[str]:
     """What the user should know: which stored types could not be kept."""
-    changed = Counter(
-        (source.tensors[row["name"]].type_name, row["scheme"])
-        for row in weights
-        if row["scheme"] != FLOAT and not row["exact"]
-        if row["name"] in source.tensors and source.tensors[row["name"]].type_name  # experts: float ones are stacked
-    )
+    changed: Counter[tuple[str, str, bool]] = Counter()
+    for row in weights:
+        stored = source.tensors.get(row["name"])  # None: experts, whose float weights are stacked
+        if stored is not None and stored.type_name and row["scheme"] != FLOAT and not row["exact"]:
+            changed[stored.type_name, row["scheme"], stored.scheme == row["scheme"]] += 1
     return [
-        f"{count} weights stored as {stored} were dequantized and quantized again to {scheme}"
-        for (stored, scheme), count in sorted(changed.items())
+        f"{count} weights stored as {stored} " + (_CLOSE if close else _AGAIN).format(scheme=scheme)
+        for (stored, scheme, close), count in sorted(changed.items())
     ]
 
 

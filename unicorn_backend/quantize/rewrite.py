@@ -74,6 +74,7 @@ def quantize(
     recipe: str | Recipe = "default",
     *,
     calibration: Tensor | None = None,
+    outlier_bits: float = 0.0,
     keep_weights: bool = False,
     progress: bool | None = None,
     rules: Rules | None = None,
@@ -83,6 +84,8 @@ def quantize(
     recipe: a name from `recipes()`, or a `Recipe`.
     calibration: token ids int64 [B, T]; the float model runs on them, and what the columns of its weights meet weighs
         their errors and scales them first (undone in the norm or linear before: the function stays).
+    outlier_bits: bits per weight of all linears to spend on those that suffer most from the recipe's few bits on these
+        tokens: INT8 instead of w4g32, k-quants or INT8 instead of others.
     keep_weights: keep the float weights too, for `restore` (costs their memory).
     progress: show a bar; None shows one from 1 GB on.
     rules: overrides, asked before the recipe: {regular expression on the module name: scheme, or None
@@ -93,19 +96,21 @@ def quantize(
     tensors); the model is unchanged then.
     """
     chosen = resolve(model, recipe, rules)
+    if outlier_bits:
+        chosen = _with_outliers(model, chosen, calibration, outlier_bits, recipe, rules)
     jobs, _ = plan(model, chosen)
     _refuse_changes(model, chosen)
     shards = _shards(model, jobs, keep_weights, calibration)
     found = experts.find_experts(model, chosen.scheme_for)
     _check_experts(found)
     _check_weights(jobs)
+    calibrated = _calibrate(model, calibration, jobs)  # before the experts are in a form that only runs packed
     for module in found:
         experts.stack(module)
     if found:
         jobs, _ = plan(model, chosen)
     total = sum(job.weight.nbytes for job in jobs)
     hidden = total < PROGRESS_BYTES if progress is None else not progress
-    calibrated = _calibrate(model, calibration, jobs)
     queue = deque(sorted(jobs, key=lambda job: job.weight.nbytes))
     del jobs
     mapped = MappedFiles()
@@ -174,6 +179,15 @@ def _read_by_owner(model: nn.Module, name: str) -> bool:
     owner, _, child = name.rpartition(".")
     cls: Any = type(model.get_submodule(owner))
     return bool(name) and child in weights_read(cls)
+
+
+def _with_outliers(
+    model: nn.Module, chosen: Recipe, ids: Tensor | None, bits: float, recipe: str | Recipe, rules: Rules | None
+) -> Recipe:
+    from unicorn_backend.quantize import outliers
+
+    found = outliers.rules(model, chosen, rules, None if ids is None else (model, ids), bits)
+    return resolve(model, recipe, outliers.after(rules, found))
 
 
 def _calibrate(model: nn.Module, ids: Tensor | None, jobs: list[Job]) -> Calibration:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -29,6 +28,7 @@ from transformers.core_model_loading import (
 )
 
 from unicorn_backend.errors import CheckpointError
+from unicorn_backend.formats.nonsense import NONSENSE
 from unicorn_backend.formats.safetensors import StackedTensor, StoredTensor
 from unicorn_backend.quantize import experts, rewrite
 from unicorn_backend.quantize.recipe import Recipe
@@ -108,7 +108,12 @@ def skeleton(
     kept: {module name: scheme that holds the stored values}; asked after `rules` and before the recipe.
     tensors: the checkpoint's; experts whose weights are made of them are packed, others stay as they are.
     """
-    model = empty_model(config, dtype)
+    try:
+        model = empty_model(config, dtype)
+    except NONSENSE as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"config.json: describes no model: {error}") from error
     exact = {f"^{re.escape(name)}$": scheme for name, scheme in (kept or {}).items()}
     chosen = rewrite.resolve(model, Recipe.named(recipe).with_overrides(exact), rules)
     stacks = _stack_experts(model, chosen, tensors) if tensors is not None else {}
@@ -133,16 +138,16 @@ def _stack_experts(model: Any, recipe: Recipe, tensors: Mapping[str, StoredTenso
     for module in found:
         made = {}
         for name, linear, shape in experts.stacked_shapes(module):
-            stored = parts.get(f"{paths[module]}.{name}", [])
-            if experts.is_transposed(module) or not _are_rows(stored, shape[1]):
+            stored, turned = parts.get(f"{paths[module]}.{name}", []), experts.is_transposed(module)
+            if not _are_rows(stored, shape[1], turned):
                 break
-            if (rows := sum(math.prod(part.shape[:-1]) for part in stored)) != shape[0]:
+            if (rows := sum(part.numel for part in stored) // shape[1]) != shape[0]:
                 raise CheckpointError(
                     f"{stored[0].file.parent}: the experts of {paths[module]}.{name} have {rows} of {shape[0]} rows: "
                     "is a shard missing, or does config.json belong to another model?"
                 )
             weight = f"{paths[module]}.{linear}.weight"
-            made[weight] = StackedTensor(weight, stored[0].dtype, shape, stored[0].file, 0, tuple(stored))
+            made[weight] = StackedTensor(weight, stored[0].dtype, shape, stored[0].file, 0, tuple(stored), turned)
         else:
             experts.stack(module)
             stacks |= made
@@ -180,11 +185,12 @@ def _merges_rows(converter: WeightConverter) -> bool:
     return len(steps) == len(converter.operations) and steps == known
 
 
-def _are_rows(parts: list[StoredTensor], k: int) -> bool:
+def _are_rows(parts: list[StoredTensor], k: int, transposed: bool) -> bool:
     """True if these are float rows of `k` columns, all of one dtype."""
+    across = -2 if transposed else -1
     return (
         bool(parts)
-        and all(part.shape[-1] == k and part.scheme is None and not part.type_name for part in parts)
+        and all(part.shape[across] == k and part.scheme is None and not part.type_name for part in parts)
         and len({part.dtype for part in parts}) == 1
     )
 

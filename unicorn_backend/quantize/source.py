@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from transformers import AutoConfig
 
 from unicorn_backend import models
 from unicorn_backend.errors import CheckpointError
-from unicorn_backend.formats import compressed_tensors, gguf_model
+from unicorn_backend.formats import bitsandbytes, compressed_tensors, gguf_model
+from unicorn_backend.formats.nonsense import NONSENSE
 from unicorn_backend.formats.safetensors import StoredTensor, folder_tensors
 
 DOWNLOADED = ("*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -27,6 +28,8 @@ _NOT_COPIED = (
 )  # fmt: skip
 _REPLACED = ("config.json", "README.md", "quantization_report.json")
 _FOLDERS = ("additional_chat_templates",)
+# quant_method -> what makes one tensor of those that a quantized weight is stored in.
+_MERGED = {compressed_tensors.METHOD: compressed_tensors.merge, bitsandbytes.METHOD: bitsandbytes.merge}
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,7 @@ class Source:
 
     folder: where the tokenizer and the like are, None if a GGUF file has them inside.
     tensors: by the name under which transformers would find them in safetensors files.
+    method: the `quant_method` that they are stored with in a folder, None for floats.
     """
 
     name: str
@@ -44,6 +48,7 @@ class Source:
     folder: Path | None = None
     gguf: Path | None = None
     notes: tuple[str, ...] = field(default=())
+    method: str | None = None
 
     @property
     def place(self) -> Path:
@@ -56,6 +61,11 @@ class Source:
         """{module name: scheme} of the weights that are stored quantized and can stay as they are."""
         stored = ((name, tensor.scheme) for name, tensor in self.tensors.items())
         return {name.removesuffix(".weight"): scheme for name, scheme in stored if scheme is not None}
+
+    def without_close(self) -> Source:
+        """Weights that no scheme holds to the bit are read as floats: for formats that know our schemes' own tables."""
+        tensors = {name: tensor if tensor.exact else tensor.dequantized() for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     @property
     def memory_bytes(self) -> int:
@@ -85,13 +95,32 @@ def open_source(name: str | Path) -> Source:
         return _open_gguf(str(name), path)
     tensors = folder_tensors(path)
     config = read_config(path)
-    method = (getattr(config, "quantization_config", None) or {}).get("quant_method")
-    if method == compressed_tensors.METHOD:
+    _check_layers(path, config, len(tensors))
+    method = _method(path, config)
+    if method in _MERGED:
         del config.quantization_config
-        tensors = compressed_tensors.merge(tensors)
-    elif method:
+        tensors = _MERGED[method](tensors)
+    elif method is not None:
         raise CheckpointError(f"{path}: is quantized already ({method}); give the float checkpoint")
-    return Source(str(name), config, dtype_of(config, tensors), tensors, folder=path)
+    return Source(str(name), config, dtype_of(config, tensors), tensors, folder=path, method=method)
+
+
+def _check_layers(path: Path, config: Any, count: int) -> None:
+    """Before a model of a thousand million layers is built."""
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if not isinstance(layers, int) or layers > count:
+        raise CheckpointError(f"{path / 'config.json'}: num_hidden_layers is {layers!r}, with {count} tensors")
+
+
+def _method(path: Path, config: Any) -> str | None:
+    """`quant_method` of config.json, None for a float checkpoint."""
+    found = getattr(config, "quantization_config", None)
+    if not found:
+        return None
+    method = found.get("quant_method") if isinstance(found, dict) else None
+    if not isinstance(method, str):
+        raise CheckpointError(f"{path / 'config.json'}: quantization_config says no quant_method: {str(found)[:100]}")
+    return method
 
 
 def _open_gguf(name: str, path: Path) -> Source:
@@ -133,7 +162,7 @@ def read_config(folder: Path) -> Any:
         raise CheckpointError(f"{folder}: no config.json; is it a folder written by save_pretrained?")
     try:
         return AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, *NONSENSE) as error:
         raise CheckpointError(f"{folder / 'config.json'}: transformers cannot read it: {error}") from error
 
 

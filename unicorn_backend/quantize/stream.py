@@ -9,6 +9,8 @@ the memory in use is a few blocks, whatever the size of the model.
 from __future__ import annotations
 
 import hashlib
+import math
+import re
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -18,19 +20,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from unicorn_backend.errors import CheckpointError, OptionError, QuantizationError
 from unicorn_backend.formats.safetensors import StoredTensor
 from unicorn_backend.formats.target import Encoded, Noise, Rows, Target, Unicorn
 from unicorn_backend.layouts import ROWS
-from unicorn_backend.quantize import card, report, rewrite
-from unicorn_backend.quantize.calibration import SAMPLE, from_text, on_grid
+from unicorn_backend.quantize import card, outliers, report, rewrite
+from unicorn_backend.quantize.calibration import SAMPLE, Calibration, calibrate, model_and_ids, on_grid
+from unicorn_backend.quantize.calibration import importance as mean_squares
 from unicorn_backend.quantize.output import Output
 from unicorn_backend.quantize.prescale import Scaling
 from unicorn_backend.quantize.recipe import FLOAT, Recipe
-from unicorn_backend.quantize.schemes import SEARCHED, ensure_kernels
+from unicorn_backend.quantize.schemes import SEARCHED, ensure_kernels, quantization_noise
 from unicorn_backend.quantize.skeleton import Skeleton, skeleton
 from unicorn_backend.quantize.source import Source, open_source
 
@@ -46,9 +49,10 @@ class Piece:
     """A stored tensor and what becomes of it.
 
     dtype: what `from_pretrained` would load it as, and what is packed or copied.
-    exact: the stored values are taken over as they are, packed.
+    kept: the stored values are taken over, packed; exact: to the bit.
     importance: of the columns, for the search of scales.
     name: of the module, for what `scaling` does to its weight.
+    together: rows that no block may separate.
     """
 
     stored: StoredTensor
@@ -57,19 +61,28 @@ class Piece:
     reason: str = ""
     importance: Tensor | None = field(default=None, compare=False)
     name: str = ""
+    together: int = 1
     scaling: Scaling = field(default_factory=Scaling, compare=False)
 
     @property
-    def exact(self) -> bool:
+    def kept(self) -> bool:
         return self.scheme != FLOAT and self.stored.scheme == self.scheme
+
+    @property
+    def exact(self) -> bool:
+        return self.kept and self.stored.exact
 
     def blocks(self) -> Iterator[tuple[int, int]]:
         """(first, last) rows of a weight in steps of whole tiles, or elements of a float copy."""
         if self.scheme == FLOAT:
-            total, step = self.stored.numel, BLOCK_BYTES // self.stored.dtype.itemsize
+            total, unit, unit_bytes = self.stored.numel, 1, self.stored.dtype.itemsize
+            if self.together > 1:
+                unit = self.together * total // self.stored.shape[0]
+                unit_bytes *= unit
         else:
-            total = self.stored.shape[0]
-            step = max(1, BLOCK_BYTES // (ROWS * self.stored.nbytes // total)) * ROWS
+            total, unit = self.stored.shape[0], math.lcm(ROWS, self.together)
+            unit_bytes = unit * self.stored.nbytes // total
+        step = max(1, BLOCK_BYTES // unit_bytes) * unit
         for first in range(0, max(total, 1), step):
             yield first, min(first + step, total)
 
@@ -84,7 +97,7 @@ class Block:
 
     def read(self) -> Rows:
         stored = self.piece.stored
-        if self.piece.exact:
+        if self.piece.kept:
             return stored.packed_rows(self.first, self.last)
         name, scaling = self.piece.name, self.piece.scaling
         if self.piece.scheme != FLOAT:
@@ -111,6 +124,7 @@ def quantize_checkpoint(
     *,
     rules: rewrite.Rules | None = None,
     calibration: str | Path | None = None,
+    outlier_bits: float = 0.0,
     resume: bool = False,
     overwrite: bool = False,
     format: str = "unicorn",
@@ -123,6 +137,8 @@ def quantize_checkpoint(
     recipe, rules: as for `quantize`; a function in `rules` sees modules without weights.
     calibration: a UTF-8 text; the float model runs on it (and must fit into the memory), and what the columns of its
         weights meet there weighs their errors and scales them first, as for `quantize`.
+    outlier_bits: bits per weight of all linears to spend on those that suffer most from the recipe's few bits on the
+        calibration text: INT8 instead of w4g32, k-quants or INT8 instead of others.
     format: "unicorn", "gguf" or "compressed-tensors".
     resume: go on with an interrupted run of the same arguments. overwrite: replace an existing folder.
     progress: show a bar; None shows one from 1 GB on.
@@ -132,14 +148,16 @@ def quantize_checkpoint(
     start = time.perf_counter()
     ensure_kernels()
     source = open_source(src)
-    # The other formats know experts one by one only, as they are stored.
-    tensors = source.tensors if format == Unicorn.name else None
-    model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
+    if format != Unicorn.name:
+        source = source.without_close()
+    model, run, notes = _decide(source, format, recipe, rules, calibration, outlier_bits)
     target = _target(format, source, model)
-    pieces = plan_pieces(source, model)
-    notes: tuple[str, ...] = ()
-    if calibration is not None:
-        pieces, notes = _calibrated(pieces, source, model, calibration)
+    pieces = [replace(piece, together=target.together(piece.stored.name)) for piece in plan_pieces(source, model)]
+    pieces += [_copy(stored, stored.dtype, "follows from the config") for stored in target.computed()]
+    if run is not None:
+        pieces, refused = _calibrated(pieces, source, model, *run)
+        notes += refused
+        del run
     declared = {name: what for piece in pieces for name, what in _outputs(piece, target).items()}
     identity = _identity(source, model.recipe, target, shard_bytes, calibration)
     layout = target.layout(declared, shard_bytes)
@@ -155,6 +173,35 @@ def quantize_checkpoint(
         card.write_card(output.partial, source, result)
         output.publish()
     return result
+
+
+def _decide(
+    source: Source,
+    format: str,
+    recipe: str | Recipe,
+    rules: rewrite.Rules | None,
+    calibration: str | Path | None,
+    outlier_bits: float,
+) -> tuple[Skeleton, tuple[Any, Tensor] | None, tuple[str, ...]]:
+    """(the model and its schemes, the float model and the ids to calibrate with, notes)."""
+    # The other formats know experts one by one only, as they are stored.
+    tensors = source.tensors if format == Unicorn.name else None
+    model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
+    notes = _useless_rules(model, rules)
+    run = None if calibration is None else model_and_ids(source, type(model.model), calibration)
+    if outlier_bits:
+        found = outliers.rules(model.model, model.recipe, rules, run, outlier_bits)
+        rules, notes = outliers.after(rules, found), notes + outliers.notes(found)
+        model = skeleton(source.config, source.dtype, recipe, rules, source.kept_schemes(), tensors)
+    return model, run, notes
+
+
+def _useless_rules(model: Skeleton, rules: rewrite.Rules | None) -> tuple[str, ...]:
+    """A note for each rule that is a name misspelt."""
+    names = [name for name, module in model.model.named_modules() if isinstance(module, (nn.Linear, nn.Embedding))]
+    patterns = rules if isinstance(rules, Mapping) else ()
+    useless = [pattern for pattern in patterns if not any(re.search(pattern, name) for name in names)]
+    return tuple(f"rule {pattern!r} fits no linear and no embedding" for pattern in useless)
 
 
 def _target(name: str, source: Source, model: Skeleton) -> Target:
@@ -209,7 +256,7 @@ def plan_pieces(source: Source, model: Skeleton) -> list[Piece]:
 
 
 def _calibrated(
-    pieces: list[Piece], source: Source, model: Skeleton, text: str | Path
+    pieces: list[Piece], source: Source, model: Skeleton, float_model: Any, ids: Tensor
 ) -> tuple[list[Piece], tuple[str, ...]]:
     """The pieces with what the text tells about them, and why some of them are not scaled."""
     tied = getattr(model.model, "all_tied_weights_keys", None) or {}
@@ -220,7 +267,7 @@ def _calibrated(
     alone = {
         users[name][0]: piece
         for piece in pieces
-        if len(users.get(name := owners[piece.stored.name], ())) == 1 and not piece.exact
+        if len(users.get(name := owners[piece.stored.name], ())) == 1 and not piece.kept
     }
 
     def takes_part(name: str) -> bool:
@@ -229,11 +276,12 @@ def _calibrated(
         stored, dtype = alone[name].stored, alone[name].dtype
         return not on_grid(stored.rows(0, min(SAMPLE, stored.shape[0])).to(dtype), alone[name].scheme)
 
-    found = from_text(source, type(model.model), text, takes_part)
+    packed = source.gguf is not None
+    found = Calibration(mean_squares(float_model, ids)) if packed else calibrate(float_model, ids, takes_part)
     new = []
     for piece in pieces:
         name = owners[piece.stored.name]
-        wanted = piece.scheme in SEARCHED and not piece.exact
+        wanted = piece.scheme in SEARCHED and not piece.kept
         importance = found.importance_of(users.get(name, ())) if wanted else None
         new.append(replace(piece, importance=importance, name=name.removesuffix(".weight"), scaling=found.scaling))
     return new, found.scaling.refused
@@ -345,9 +393,12 @@ def _encode(target: Target, block: Block) -> tuple[list[Encoded], Noise]:
             if tensor.dtype in FLOATS and torch.ops.unicorn.count_nonfinite(tensor):
                 raise _not_finite(stored, first, rows)
     try:
-        return target.encode(stored.name, stored.shape, scheme, block.first, rows, block.piece.importance)
+        encoded, noise = target.encode(stored.name, stored.shape, scheme, block.first, rows, block.piece.importance)
     except ValueError as error:
         raise _not_finite(stored, first, rows) from error
+    if isinstance(rows, list) and not stored.exact:
+        noise = quantization_noise(stored.rows(block.first, block.last), rows)
+    return encoded, noise
 
 
 def _not_finite(stored: StoredTensor, offset: int, rows: Rows) -> QuantizationError:
