@@ -95,8 +95,8 @@ struct Place {
     const bool same = t.stride(3) == 1 && t.stride(2) == t.size(3) && (t.size(1) == 1 || t.stride(1) == head) &&
                       (t.size(0) == 1 || t.stride(0) == head * t.size(1)) && t.storage_offset() % t.size(3) == 0;
     if (!same) return;
-    buffer = view->buffer;
     first = view->first + t.storage_offset() / t.size(3);
+    if (first + t.size(2) <= view->buffer->capacity) buffer = view->buffer;  // else it begins in another lane
   }
 };
 

@@ -411,9 +411,10 @@ def test_kv_bytes_of_layers_that_differ() -> None:
 def test_share_above_the_ceiling_is_a_bug() -> None:
     size = 10**12  # far beyond any cache
     system = bench.System("fake", lambda: None, None, size, size)
-    times = [measure.Timing(1.0, 1.0)]
-    assert bench._row(system, times, 0, 1000 / 1.04, None)["is_bug"] is False
-    assert bench._row(system, times, 0, 1000 / 1.06, None)["is_bug"] is True
+    time = measure.Timing(1.0, 1.0)
+    for share, bug in ((1.04, False), (1.06, True)):
+        row = bench._row(system, [(time, 1000 / share), (time, 9000.0), (time, 1000 / share)], 0, None)
+        assert row["is_bug"] is bug and abs(row["bandwidth_share"] - share) < 1e-9
 
 
 def test_interleave_alternates_the_order() -> None:

@@ -51,6 +51,15 @@ def test_appending_copies_only_the_new_rows():
     assert grown.data_ptr() == past.data_ptr()
 
 
+@pytest.mark.parametrize("lanes", [(slice(0, 1), slice(None)), (slice(1, 2), slice(None)), (slice(None), slice(1, 3))])
+def test_some_lanes_of_a_grown_cache(lanes):
+    grown = append(LAST(rows(10), 10), rows(1, start=7))
+    part, new = grown[lanes], rows(2, start=99)[lanes]
+    assert torch.equal(LAST(part, 4), part[:, :, -4:])
+    assert torch.equal(append(part, new), torch.cat([part, new], dim=2))
+    assert torch.equal(append(grown, rows(1, start=5)), torch.cat([grown, rows(1, start=5)], dim=2))
+
+
 def test_two_appends_to_one_past_are_independent():
     past = LAST(rows(4), 4)
     first, second = append(past, rows(2, start=100)), append(past, rows(2, start=500))
