@@ -1,6 +1,7 @@
 """`unicorn doctor`: what this machine has, what is missing, and how to fix it.
 
-Each check is a function that returns a `Check`; `CHECKS` lists them in the order in which they are printed.
+Each check is a function that returns a `Check`; `CHECKS` lists them in the order in which they are printed, before
+those of the NPU, which are there as far as there is one.
 `fail` means that the package does not work here; `warn` that it is slower than it could be, or that a device
 stays unused.
 """
@@ -13,13 +14,12 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import resource
 import shutil
 import stat
 import sys
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -28,26 +28,15 @@ from rich.table import Table
 from rich.text import Text
 
 from unicorn_backend import assets, measure, table
+from unicorn_backend.checks import Check
 from unicorn_backend.errors import NativeLibraryError, OptionError
 from unicorn_backend.generation.meter import bandwidth_gbps
 from unicorn_backend.options import cache_folder, forced_isa, npu_folder
 from unicorn_backend.partition import calibration
 from unicorn_backend.runtime import open_device
+from unicorn_backend.runtime.npu import machine
 
 TESTED = {"torch": "2.13", "transformers": "5.23"}
-AMD_NPUS = {"0x1502": "XDNA 1 (Phoenix, Hawk Point)", "0x17f0": "XDNA 2 (Strix, Krackan)"}
-NPU_MEMLOCK_BYTES = 64 << 20
-"""XRT pins its buffers; below this it fails with err=-11."""
-
-
-@dataclass(frozen=True)
-class Check:
-    """One line: `status` is "ok", "warn", "fail" or "info"; `fix` says what to do about the first two of these."""
-
-    name: str
-    status: str
-    found: str
-    fix: str = ""
 
 
 def check_python() -> Check:
@@ -261,56 +250,24 @@ def check_calibration() -> Check:
     return Check("calibration", "ok", f"{age}, memory read {found.rates['read_gbps']:.1f} GB/s")
 
 
-def check_npu() -> Check:
-    """An AMD NPU on the PCI bus, its kernel driver, its device node, XRT, and the limit of locked memory."""
-    chip = _pci_npu()
-    if chip is None:
-        return Check("npu", "info", "none on the PCI bus", "if this is a Ryzen AI laptop: enable the IPU in the BIOS")
-    if not Path("/sys/module/amdxdna").exists():
-        return Check("npu", "warn", f"{chip}, driver amdxdna not loaded", "kernel 6.14 or newer: sudo modprobe amdxdna")
-    nodes = glob.glob("/dev/accel/accel*")
-    if not nodes:
-        fix = (
-            "sudo dmesg | grep amdxdna says why; often its firmware is missing: install linux-firmware of 2025 or newer"
-        )
-        return Check("npu", "warn", f"{chip}, driver amdxdna loaded, but it did not bring the device up", fix)
-    if not os.access(nodes[0], os.R_OK | os.W_OK):
-        return Check(
-            "npu", "warn", f"{chip}, no access to /dev/accel/accel0", "sudo usermod -aG render $USER; log in again"
-        )
-    if ctypes.util.find_library("xrt_coreutil") is None:
-        return Check("npu", "warn", f"{chip}, XRT is not installed", "sudo apt install libxrt2 libxrt-npu2")
-    return Check("npu", "ok", f"{chip}, driver and XRT present")
+def check_npu() -> list[Check]:
+    """Everything from the PCI bus to a context that is free, as far as it is there."""
+    checks = machine.examine()
+    if any(check.status != "ok" for check in checks):
+        return checks
+    return [*checks, check_xrt(), *machine.ask_xrt()]
 
 
 def check_xrt() -> Check:
     """How the NPU is reached: through which binding, by runlists or single runs."""
     from unicorn_backend.runtime.npu.xrt import find_xrt
 
-    if check_npu().status != "ok":
-        return Check("xrt", "info", "no NPU to open")
     found = find_xrt(npu_folder())
     if isinstance(found, str):
-        return Check("xrt", "warn", found, "the distribution's Python with python3-xrt, or kernels/build.py wrapper")
+        other = machine.other_pythons()
+        fix = "kernels/build.py wrapper serves any Python; or the distribution's Python with python3-xrt"
+        return Check("xrt", "warn", f"{found}; {other}" if other else found, fix)
     return Check("xrt", "ok", found.label)
-
-
-def _pci_npu() -> str | None:
-    for device in Path("/sys/bus/pci/devices").glob("*/device"):
-        name = AMD_NPUS.get(device.read_text().strip())
-        if name is not None and (device.parent / "vendor").read_text().strip() == "0x1022":
-            return name
-    return None
-
-
-def check_memlock() -> Check:
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    found = "unlimited" if limit == resource.RLIM_INFINITY else table.size(limit)
-    if limit != resource.RLIM_INFINITY and limit < NPU_MEMLOCK_BYTES:
-        status = "warn" if _pci_npu() else "info"
-        fix = "only the NPU needs more: add '* - memlock unlimited' to /etc/security/limits.d/unicorn.conf"
-        return Check("locked memory", status, found, fix)
-    return Check("locked memory", "ok", found)
 
 
 CHECKS: tuple[Callable[[], Check], ...] = (
@@ -328,15 +285,12 @@ CHECKS: tuple[Callable[[], Check], ...] = (
     check_cache,
     check_disk,
     check_vulkan,
-    check_npu,
-    check_xrt,
-    check_memlock,
 )
 
 
 def examine() -> list[Check]:
     """Run every check."""
-    return [check() for check in CHECKS]
+    return [*(check() for check in CHECKS), *check_npu()]
 
 
 def to_json(checks: list[Check]) -> dict[str, Any]:

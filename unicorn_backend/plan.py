@@ -33,6 +33,7 @@ class Step:
     kv_heads: int = 0  # attention: heads of K and V
     least_tokens: int = 1  # tokens per call from which `device` runs it; shorter calls run on the CPU
     predicted_us: tuple[tuple[str, float], ...] = ()  # (device, time) where there was a choice, at `Plan.typical`
+    together_us: float | None = None  # attention in chunks beside its feed-forward: predicted for both, likewise
 
 
 @dataclass(frozen=True)

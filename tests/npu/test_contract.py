@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ from types import SimpleNamespace
 import pytest
 
 from tests.npu.xrt import contract
-from unicorn_backend import doctor
 from unicorn_backend.runtime.npu import emulator, host_model
 from unicorn_backend.runtime.npu.engine import NpuEngine
 from unicorn_backend.runtime.npu.xrt import WRAPPER, PyXrt, find_xrt
@@ -67,16 +65,6 @@ def test_an_earlier_wrapper_is_refused(tmp_path: Path) -> None:
     source.write_text('extern "C" void* unicorn_xrt_open(int) { return nullptr; }')
     subprocess.run(["g++", "-shared", "-fPIC", str(source), "-o", str(tmp_path / WRAPPER)], check=True)
     assert "earlier sources: build it again" in str(find_xrt(tmp_path))
-
-
-def test_doctor_says_how_the_npu_is_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNICORN_NPU_KERNELS", str(tmp_path))
-    assert doctor.check_xrt().status == "info"
-    monkeypatch.setattr(doctor, "check_npu", lambda: doctor.Check("npu", "ok", "XDNA 1"))
-    monkeypatch.setitem(sys.modules, "pyxrt", None)
-    assert doctor.check_xrt().status == "warn"
-    monkeypatch.setitem(sys.modules, "pyxrt", emulator)
-    assert doctor.check_xrt().found == "RyzenAI-npu1 through pyxrt, runlists"
 
 
 @pytest.mark.parametrize("fault", FAULTS)

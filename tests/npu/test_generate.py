@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
 import unicorn_backend
 from unicorn_backend.runtime import close_devices, open_device
@@ -98,6 +99,24 @@ def test_generate_on_the_emulated_npu(
     device().engine = NumpyEngine()
     same, _ = generate(make_tiny())
     assert torch.equal(logits, same)
+
+
+def test_generate_with_the_shapes_of_gemma_3_1b(emulate: None) -> None:
+    """Its attention, in one layer of a model that is small otherwise: logits of the same integers in NumPy."""
+
+    def make() -> Any:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 1152, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 256}
+        small = {"vocab_size": 4096, "intermediate_size": 128, "num_hidden_layers": 1, "sliding_window": 512}
+        return Gemma3ForCausalLM(Gemma3TextConfig(**sizes, **small)).eval().to(torch.bfloat16)
+
+    logits, compiled = generate(make())
+    assert device().engine.launches > 3 * CHAIN  # type: ignore[attr-defined]
+    assert steps(compiled)["attention"] == steps(compiled)["qkv"] == {"npu (emulated)"}
+    torch._dynamo.reset()
+    close_devices()
+    device().engine = NumpyEngine()
+    assert torch.equal(logits, generate(make())[0])
 
 
 def test_decode_stays_on_the_cpu(make_short: Callable[[], Any], emulate: None) -> None:

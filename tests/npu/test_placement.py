@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from torch.fx import Graph
 
-from unicorn_backend.partition.cost import Rates, estimate
-from unicorn_backend.partition.place import Offer, offer
+from unicorn_backend.partition.cost import Rates, estimate, microseconds
+from unicorn_backend.partition.place import Offer, _overlap, offer
 from unicorn_backend.plan import Plan, Step
 from unicorn_backend.runtime.device import Work
 from unicorn_backend.runtime.npu import cost
 from unicorn_backend.runtime.npu.device import NpuDevice, target_of
+from unicorn_backend.runtime.placed import Site
 
 
 def device(name: str, root: Path, emulated: bool = False) -> NpuDevice:
@@ -53,6 +57,37 @@ def test_decode_stays_long_prompts_go(tmp_path: Path) -> None:
     assert placed(first, "512", "power", fast).device is first and placed(first, "512", "fixed").device is first
     emulated = placed(device("RyzenAI-npu1", tmp_path, emulated=True), "dynamic")
     assert emulated.device is not None and emulated.least == 2
+
+
+def chunked(npu: NpuDevice, attention_us: float | None, tokens: str) -> Step:
+    """The attention's step after `_overlap`, beside a feed-forward on the CPU."""
+    graph = Graph()
+    attention = graph.call_function(torch.ops.unicorn.int8_attention.default, ())
+    nothing: list[Any] = [[] for _ in torch.ops.unicorn.int4_ffn.default._schema.arguments[1:]]
+    ffn = graph.call_function(torch.ops.unicorn.int4_ffn.default, (attention, *nothing))
+    known = () if attention_us is None else (("npu", attention_us),)
+    first = dataclasses.replace(work().step, device="npu", reason="it wins", predicted_us=known)
+    second = Step("ffn", "layer", "unicorn::int4_ffn", "cpu", ("w4g32",) * 3, 0, weights=(2560 * 10240,) * 3)
+    plan = Plan(1, tokens, [first, second])
+    _overlap({attention: Site("int8_attention", npu, plan, 0)}, plan, [attention, ffn], CPU)
+    return plan.steps[0]
+
+
+def test_the_overlap_is_predicted_and_shown(tmp_path: Path) -> None:
+    """Four chunks of 512 tokens: of the shorter region all but one are hidden."""
+    npu = device("RyzenAI-npu1", tmp_path)
+    ffn = Step("ffn", "layer", "unicorn::int4_ffn", "cpu", ("w4g32",) * 3, 0, weights=(2560 * 10240,) * 3)
+    part, whole = (microseconds(ffn, tokens, 512, CPU) for tokens in (128, 512))
+    assert part is not None and whole is not None and 4 * part >= whole
+    for us in (part, 40 * part):
+        step = chunked(npu, us, "dynamic")
+        want = us / 4 + 3 * max(us / 4, part) + part
+        assert step.together_us == pytest.approx(want) and want < us + 4 * part
+        assert (
+            f"{want / 1e3:.2f} ms predicted for both at 512 tokens, {(us + whole) / 1e3:.2f} one after" in step.reason
+        )
+    for step in (chunked(npu, None, "dynamic"), chunked(npu, 1e3, "200")):
+        assert step.together_us is None and step.reason.endswith("in chunks beside the feed-forward")
 
 
 def test_what_it_has_no_kernel_for(tmp_path: Path) -> None:

@@ -255,7 +255,10 @@ def _input_side(attention: Attention) -> Qkv | str:
     x = query.linear.x
     if len(shape(x)) != 3:
         return f"the projections read a tensor of {len(shape(x))} dimensions, not [B, T, K]"
-    others = [h for h in map(_forward_to_heads, _projections(x)) if h is not None]
+    projections = _projections(x)
+    if projections == [query.linear]:
+        return "keys and values are another layer's: only the query is projected here"
+    others = [h for h in map(_forward_to_heads, projections) if h is not None]
     others = [h for h in others if h.linear != query.linear and same_size(shape(h.node)[3], shape(query.node)[3])]
     if len(others) != 2:
         return f"{len(others)} projections beside the query read its input, 2 are needed (key, value)"

@@ -68,13 +68,13 @@ def place(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, l
             chosen[node] = placed.Site(op, best.device, plan, index, best.least)
     if not chosen:
         return gm, []
-    _overlap(chosen, plan, _nodes(gm))
+    _overlap(chosen, plan, _nodes(gm), rates)
     apart = branches.spans(gm, chosen)
     _note(plan, gm, apart)
     return _with_calls(gm, chosen, apart), list(chosen.values())
 
 
-def _overlap(chosen: dict[Node, placed.Site], plan: Plan, nodes: Sequence[Node]) -> None:
+def _overlap(chosen: dict[Node, placed.Site], plan: Plan, nodes: Sequence[Node], rates: Rates) -> None:
     """Let attentions in chunks run beside the feed-forwards that alone read them, on another device or the CPU."""
     for index, node in enumerate(nodes):
         first = chosen.get(node)
@@ -90,7 +90,39 @@ def _overlap(chosen: dict[Node, placed.Site], plan: Plan, nodes: Sequence[Node])
         first.leads = second.follows = Overlap()
         step = plan.steps[index]
         beside = f"from {2 * first.device.chunk} tokens on in chunks beside the feed-forward"
-        plan.steps[index] = dataclasses.replace(step, reason=f"{step.reason}; {beside}")
+        us = _together(first.device, second.device, step, _work(reader, plan.steps[nodes.index(reader)]), plan, rates)
+        if us is not None:
+            each = f"{us[0] / 1e3:.2f} ms predicted for both at {plan.typical[0]} tokens"
+            beside += f", {each}, {us[1] / 1e3:.2f} one after the other, by which it was placed"
+        together = us[0] if us is not None else None
+        plan.steps[index] = dataclasses.replace(step, reason=f"{step.reason}; {beside}", together_us=together)
+
+
+def _together(
+    device: Device, other: Device | None, attention: Step, ffn: Work, plan: Plan, rates: Rates
+) -> tuple[float, float] | None:
+    """Predicted us of an attention in chunks beside its feed-forward, and of the two one after the other.
+
+    At the plan's typical size; None where that is one chunk or has no prediction. Of `n` chunks all but one of the
+    shorter region's are hidden. A feed-forward in chunks reads its weights with each of them. What two devices take
+    from each other, memory and the host's part of the NPU's work, is not in it.
+    """
+    tokens, keys = plan.typical
+    count = tokens // device.chunk
+    first = dict(attention.predicted_us).get(device.name)
+    if count < 2 or first is None:
+        return None
+
+    def alone(size: int) -> float | None:
+        if other is None:
+            return cost.microseconds(ffn.step, size, keys, rates, cost.is_cached(plan))
+        found = other.predict(ffn, size, keys)
+        return found[0] if found is not None else None
+
+    part, whole = alone(tokens // count), alone(tokens)
+    if part is None or whole is None:
+        return None
+    return first / count + (count - 1) * max(first / count, part) + part, first + whole
 
 
 def _only_reader(node: Node) -> Node | None:

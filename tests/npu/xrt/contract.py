@@ -3,6 +3,7 @@
     python contract.py emulator FOLDER          the stand-in of `unicorn_backend/runtime/npu/emulator.py`
     python contract.py pyxrt FOLDER [FAULT]     the real module; FOLDER/<key> as `run.sh` made them
     python contract.py wrapper FOLDER [FAULT]   our C wrapper over libxrt
+    python contract.py machine FOLDER CASE      what `unicorn doctor` says of the machine, from the real xrt-smi
 
 Needs NumPy only. Prints one line per check, ends with 1 if one failed.
 """
@@ -39,7 +40,7 @@ if "torch" not in sys.modules:  # in the chroot, which has none
 
 import numpy as np  # noqa: E402
 
-from unicorn_backend.runtime.npu import arithmetic, artifacts, pack  # noqa: E402
+from unicorn_backend.runtime.npu import arithmetic, artifacts, machine, pack  # noqa: E402
 from unicorn_backend.runtime.npu.artifacts import Artifact  # noqa: E402
 from unicorn_backend.runtime.npu.designs import Attention, Design, Gemm, key  # noqa: E402
 from unicorn_backend.runtime.npu.engine import NpuEngine, NumpyEngine, Unavailable, test_case  # noqa: E402
@@ -298,6 +299,33 @@ def test_fault(make: Callable[[], NpuEngine], fault: str) -> None:
             check(f"{fault}: nothing was noticed", False)
 
 
+# Case, as `run.sh` sets it up -> check -> its status and what it says.
+MACHINE: dict[str, dict[str, tuple[str, str]]] = {
+    "well": {
+        "npu": ("ok", "XDNA 1 (Phoenix, Hawk Point); driver amdxdna, the kernel's own"),
+        "npu device": ("ok", "/dev/accel/accel0, firmware 1.5.5.391"),
+        "npu iommu": ("ok", "IOMMU on, group 12"),
+        "xrt libraries": ("ok", "libxrt_driver_xdna.so.2"),
+        "npu contexts": ("ok", "6 of 6 free"),
+        "npu power": ("info", "mode default"),
+    },
+    "turbo": {"npu power": ("ok", "mode turbo")},
+    "powersaver": {"npu power": ("warn", "mode powersaver")},
+    "full": {"npu contexts": ("warn", "1 of 6 free")},
+    "memlock": {"locked memory": ("warn", "8.4 MB")},
+    "firmware": {"npu power": ("info", "unknown: xrt-smi: "), "npu contexts": ("info", "is its firmware installed?")},
+    "no-smi": {"npu power": ("info", "unknown: no xrt-smi")},
+}
+
+
+def test_machine(case: str) -> None:
+    found = {one.name: one for one in (*machine.examine(), *machine.ask_xrt())}
+    for name, (status, says) in MACHINE[case].items():
+        one = found[name]
+        check(f"{case}, {name}: {one.status}, {one.found}", one.status == status and says in one.found)
+        check(f"{case}, {name}: a fix where it is not ok", (one.status == "ok") != bool(one.fix))
+
+
 def spoiled(folder: Path, fault: str) -> Path:
     """A copy of the artifacts in which the files are wrong; the manifests agree, except for "truncated"."""
     copy = Path(tempfile.mkdtemp()) / "artifacts"
@@ -331,7 +359,9 @@ def module_of(kind: str) -> Any:
 
 
 def main(kind: str, folder: str, fault: str = "") -> int:
-    if fault == "firmware":
+    if kind == "machine":
+        test_machine(fault)
+    elif fault == "firmware":
         message = message_of(XrtError, lambda: engine_of(kind, Path(folder)))
         check(f"firmware, open: {message}", "the driver did not come up" in message)
     elif fault == "slow":

@@ -6,8 +6,8 @@
 // into the xclbin, is "UNICORN\0" and the path of a library with `unicorn_launch` (kernels/host/launch.cc).
 //
 // Environment: FAKE_HANG=1 commands never end; FAKE_STATE=n they end in state n; FAKE_AFTER=n the first n commands do
-// well; FAKE_CONTEXTS=n contexts there are; FAKE_MEMORY=bytes of lockable memory; FAKE_NO_FIRMWARE=1 the device does
-// not come up; FAKE_DELAY_US=n; FAKE_DEBUG=1.
+// well; FAKE_CONTEXTS=n contexts there are; FAKE_USED=n of these are held by others; FAKE_POWER=n power mode; FAKE_MEMORY=
+// bytes of lockable memory; FAKE_NO_FIRMWARE=1 the device does not come up; FAKE_DELAY_US=n; FAKE_DEBUG=1.
 #include <dlfcn.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -15,6 +15,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
@@ -83,6 +84,16 @@ struct GetInfo {
   uint32_t what, size;
   uint64_t buffer;
 };
+struct GetArray {
+  uint32_t what, element_size, count, pad;
+  uint64_t buffer;
+};
+struct ContextEntry {
+  uint32_t handle, first_column, columns, hardware_id;
+  int64_t pid;
+  uint64_t submissions, completions, migrations, preemptions, errors, priority, heap, suspensions;
+  uint32_t state, rest[13];
+};
 struct TileInfo {
   uint16_t rows, first_row, channels, locks, events, pad[3];
 };
@@ -93,7 +104,7 @@ struct ArrayInfo {
   TileInfo core, memory, shim;
 };
 
-enum Ioctl { kCreateContext, kDestroyContext, kConfigure, kCreateBo, kBoInfo, kSyncBo, kExecute, kGetInfo, kWait = 9 };
+enum Ioctl { kCreateContext, kDestroyContext, kConfigure, kCreateBo, kBoInfo, kSyncBo, kExecute, kGetInfo, kWait = 9, kGetArray };
 enum BoType { kShared = 1, kHeap = 2, kDevice = 3, kCommand = 4 };
 enum State { kCompleted = 4, kError = 5, kAbort = 6 };
 enum Opcode { kStartCu = 0, kStartDpu = 18, kChain = 19, kStartNpu = 20 };
@@ -233,7 +244,7 @@ void work() {
 // --- ioctls ---
 
 int create_context(CreateContext& a) {
-  if (long(driver.contexts.size()) >= setting("FAKE_CONTEXTS", 6)) return fail(ENOENT);
+  if (long(driver.contexts.size()) + setting("FAKE_USED") >= setting("FAKE_CONTEXTS", 6)) return fail(ENOENT);
   a.handle = driver.next_context++;
   a.syncobj = 0;
   a.doorbell = ~0u;
@@ -333,9 +344,39 @@ int get_info(const GetInfo& a) {
   memset(out, 0, a.size);
   const ArrayInfo array{1 << 25, 5, 6, 1, 1, {4, 2, 2, 16, 27, {}}, {1, 1, 6, 64, 0, {}}, {1, 0, 2, 16, 0, {}}};
   const uint32_t version[2] = {1, 1}, firmware[4] = {1, 5, 5, 391};
-  const void* from = a.what == 1 ? static_cast<const void*>(&array) : a.what == 2 ? version : firmware;
-  const size_t size = a.what == 1 ? sizeof array : a.what == 2 ? sizeof version : a.what == 8 ? sizeof firmware : 0;
-  memcpy(out, from, size < a.size ? size : a.size);
+  const uint8_t power[8] = {uint8_t(setting("FAKE_POWER"))};
+  const auto give = [&](const void* from, size_t size) { memcpy(out, from, size < a.size ? size : a.size); };
+  switch (a.what) {
+    case 1:
+      give(&array, sizeof array);
+      break;
+    case 2:
+      give(version, sizeof version);
+      break;
+    case 8:
+      give(firmware, sizeof firmware);
+      break;
+    case 9:
+      give(power, sizeof power);
+      break;
+  }
+  return 0;
+}
+
+// All contexts of the device. Those of other programs are four columns wide and idle.
+int get_array(GetArray& a) {
+  if (a.what != 0) return fail(EOPNOTSUPP);
+  const auto used = uint32_t(setting("FAKE_USED"));
+  if (used > a.count) return fail(ENOSPC);
+  a.element_size = std::min<uint32_t>(a.element_size, sizeof(ContextEntry));
+  for (uint32_t i = 0; i < used; ++i) {
+    ContextEntry entry{};
+    entry.handle = entry.hardware_id = i + 1;
+    entry.columns = 4;
+    entry.pid = 1000 + i;
+    memcpy(reinterpret_cast<char*>(a.buffer) + i * a.element_size, &entry, a.element_size);
+  }
+  a.count = used;
   return 0;
 }
 
@@ -361,6 +402,8 @@ int answer(unsigned number, void* argument) {
       return execute(*static_cast<Execute*>(argument));
     case kGetInfo:
       return get_info(*static_cast<GetInfo*>(argument));
+    case kGetArray:
+      return get_array(*static_cast<GetArray*>(argument));
     case kWait:
       return wait_for(*static_cast<Wait*>(argument), lock);
     default:

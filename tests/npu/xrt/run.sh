@@ -44,16 +44,19 @@ device=0000:c4:00.1
 sys=$root/sys/devices/pci0000:00/$device
 rm -rf "$root/sys/bus" "$root/work" "$root/artifacts"
 mkdir -p "$sys/accel/accel0" "$root"/sys/bus/pci/{devices,drivers/amdxdna} "$root/dev/accel"
+mkdir -p "$root"/sys/{module/amdxdna,kernel/iommu_groups/12}
 : >"$root/dev/accel/accel0"
-for pair in device_type=0 vendor=0x1022 device=0x1502 revision=0x00 vbnv=RyzenAI-npu1; do
+for pair in device_type=0 vendor=0x1022 device=0x1502 revision=0x00 vbnv=RyzenAI-npu1 fw_version=1.5.5.391; do
   echo "${pair#*=}" >"$sys/${pair%%=*}"
 done
+ln -sfn ../../../bus/pci/drivers/amdxdna "$sys/driver"
+ln -sfn ../../../kernel/iommu_groups/12 "$sys/iommu_group"
 ln -s "../../../devices/pci0000:00/$device" "$root/sys/bus/pci/devices/$device"
 ln -s "../../../../devices/pci0000:00/$device" "$root/sys/bus/pci/drivers/amdxdna/$device"
 
 mkdir -p "$root/work/unicorn_backend/runtime" "$root/work/tests/npu" "$root/artifacts"
 cp -r kernels "$root/work/"
-cp unicorn_backend/errors.py "$root/work/unicorn_backend/"
+cp unicorn_backend/{checks,errors}.py "$root/work/unicorn_backend/"
 cp -r unicorn_backend/runtime/npu "$root/work/unicorn_backend/runtime/"
 cp -r tests/npu/xrt "$root/work/tests/npu/"
 
@@ -71,7 +74,7 @@ inside "g++ -std=c++20 -O1 -shared -fPIC tests/npu/xrt/fake_amdxdna.cpp -o /arti
 failed=0
 contract() { # environment, arguments
   echo "--- $2 ${1:+($1)}"
-  inside "$1 LD_PRELOAD=/artifacts/fake.so timeout 120 python3 tests/npu/xrt/contract.py $2" 2>/dev/null || failed=1
+  inside "$1 LD_PRELOAD=/artifacts/fake.so /usr/bin/timeout 120 /usr/bin/python3 tests/npu/xrt/contract.py $2" 2>/dev/null || failed=1
 }
 for binding in pyxrt wrapper; do
   contract "" "$binding /artifacts"
@@ -87,5 +90,12 @@ for binding in pyxrt wrapper; do
   contract FAKE_NO_FIRMWARE=1 "$binding /artifacts firmware"
   for fault in truncated damaged another-k; do contract "" "$binding /artifacts $fault"; done
 done
+contract "" "machine /artifacts well"
+contract FAKE_POWER=4 "machine /artifacts turbo"
+contract FAKE_POWER=1 "machine /artifacts powersaver"
+contract FAKE_USED=5 "machine /artifacts full"
+contract FAKE_NO_FIRMWARE=1 "machine /artifacts firmware"
+contract PATH=/nowhere "machine /artifacts no-smi"
+contract "ulimit -l 8192;" "machine /artifacts memlock"
 ((failed)) && fail "the contract is broken"
 echo "test-xrt passed: XRT $version, fake driver, no silicon"

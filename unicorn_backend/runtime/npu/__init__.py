@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 def open_device(selector: str) -> NpuDevice | str:
     """The NPU, or its emulator where UNICORN_NPU_EMULATE asks for it; or why there is none."""
-    from unicorn_backend.doctor import check_npu
     from unicorn_backend.options import npu_emulated, npu_folder
+    from unicorn_backend.runtime.npu import machine
     from unicorn_backend.runtime.npu.artifacts import EMULATED
     from unicorn_backend.runtime.npu.device import NpuDevice, target_of
     from unicorn_backend.runtime.npu.xrt import PyXrt, XrtError, find_xrt
@@ -35,9 +35,7 @@ def open_device(selector: str) -> NpuDevice | str:
             return str(error)
     found = find_xrt(root, int(selector or 0))
     if isinstance(found, str):
-        machine = check_npu()
-        problem = f"{machine.found} ({machine.fix})" if machine.fix else machine.found
-        return f"{problem}; {found}"
+        return "; ".join(filter(None, (machine.problem(), found)))
     if not target_of(found.name):
         return f"{found.name} is none of the NPUs that there are kernels for (XDNA 1 and 2)"
     if not any(root.glob("*/manifest.json")):
