@@ -479,6 +479,12 @@ class LogicalDevice:
             features.append(
                 s.new("VkPhysicalDeviceSubgroupSizeControlFeatures", subgroupSizeControl=1, computeFullSubgroups=1)
             )
+        if physical.features.matrices:
+            features += [
+                s.new("VkPhysicalDeviceCooperativeMatrixFeaturesKHR", cooperativeMatrix=1),
+                s.new("VkPhysicalDeviceVulkanMemoryModelFeatures", vulkanMemoryModel=1),
+                s.new("VkPhysicalDeviceShaderFloat16Int8Features", shaderInt8=1),
+            ]
         if statistics:
             features.append(s.new("VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR", pipelineExecutableInfo=1))
         for first, second in pairwise(features):
