@@ -16,6 +16,7 @@ from torch import nn
 import unicorn_backend
 from tests.runtime import drivers
 from tests.runtime.test_vulkan_ffn import arguments, run
+from tests.runtime.vulkan_cycles import cycles
 from tests.test_compile_cache import make  # the embedded model cut to two layers
 from unicorn_backend import runtime
 from unicorn_backend.partition import calibration
@@ -265,6 +266,13 @@ def test_thousand_models_and_ten_thousand_tokens_leak_nothing(device: Any) -> No
         region.run(first)
     assert device.memory().used == before.used
     assert resident_mb() - resident < 4, "10,000 tokens"
+
+
+def test_models_that_come_and_go_leave_nothing_on_the_device(device: Any) -> None:
+    first, *others = cycles(device, 4)  # a thousand by hand: see there
+    assert first.regions == first.shared == 0
+    for left in others:
+        assert (left.used, left.shared, left.regions, left.tokens) == (first.used, 0, 0, first.tokens)
 
 
 def test_a_call_under_way(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -52,11 +52,14 @@ def test_no_messages_on_llvmpipe(tmp_path: Path) -> None:
 
 
 def test_no_messages_on_swiftshader(tmp_path: Path) -> None:
-    assert messages("SwiftShader", ["clean", "mapped", "staged"], tmp_path, SYNC) == ""
+    found = messages("SwiftShader", ["clean", "mapped", "staged"], tmp_path, f"{SYNC},{ASSISTED}")
+    own = "shaderInt64 feature is not available.  No buffer device address checking"  # which no shader here would need
+    assert [line for line in found.splitlines() if not line.startswith("    ") and own not in line] == []
 
 
-def test_a_missing_barrier_and_a_read_out_of_bounds_are_found(tmp_path: Path) -> None:
-    found = messages("llvmpipe", ["wrong"], tmp_path, f"{SYNC},{ASSISTED}")
+@pytest.mark.parametrize("driver", list(drivers.DRIVERS))
+def test_a_missing_barrier_and_a_read_out_of_bounds_are_found(driver: str, tmp_path: Path) -> None:
+    found = messages(driver, ["wrong"], tmp_path, f"{SYNC},{ASSISTED}")
     assert "SYNC-HAZARD-READ-AFTER-WRITE" in found
     assert "access out of bounds" in found
 

@@ -160,8 +160,7 @@ class LogicalDevice:
         """A copy in device memory of what the CPU has at `address`, through a buffer that both see."""
         target, staging = self.buffer(size, DEVICE), self.buffer(size, UPLOAD[1:])
         ctypes.memmove(staging.address, address, size)
-        copy = ffi.new("VkBufferCopy *", {"size": size})
-        recorded = self._record(lambda command: lib.vkCmdCopyBuffer(command, staging.handle, target.handle, 1, copy))
+        recorded = self.record_copy(staging, target, size)
         self.run(recorded)
         self.forget(recorded)
         self.free(staging)
@@ -352,6 +351,20 @@ class LogicalDevice:
             self._barrier(command, vk.VK_PIPELINE_STAGE_HOST_BIT, vk.VK_ACCESS_HOST_READ_BIT)
 
         return self._record(fill, pool)
+
+    def record_copy(self, source: Buffer, target: Buffer, size: int, clock: Any = None) -> Recorded:
+        """`clock`: a pool from `new_clock` for one dispatch."""
+        copy = ffi.new("VkBufferCopy *", {"size": size})
+
+        def fill(command: Any) -> None:
+            if clock is not None:
+                lib.vkCmdResetQueryPool(command, clock, 0, 2)
+                lib.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, clock, 0)
+            lib.vkCmdCopyBuffer(command, source.handle, target.handle, 1, copy)
+            if clock is not None:
+                lib.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_TRANSFER_BIT, clock, 1)
+
+        return self._record(fill)
 
     def run(self, recorded: Recorded) -> None:
         """Submit and wait. Raises as these do."""
