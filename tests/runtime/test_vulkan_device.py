@@ -147,7 +147,10 @@ def test_a_choice_of_variants_can_be_printed(physical: Any) -> None:
 
     text = variants.explain_choice(physical.features)
     assert [line.split()[0] for line in text.splitlines()] == [v.name for v in variants.VARIANTS]
-    assert text.splitlines()[0].endswith("taken") and text.splitlines()[-1].endswith("not needed")
+    no_matrices, taken, *others = text.splitlines()  # Debian 12's driver has none; newer ones do
+    assert no_matrices.endswith(("taken", "no cooperative matrices of int8 with int32 sums"))
+    assert taken.endswith(("taken", "not needed")) and others[-1].endswith("not needed")
+    assert [line.endswith("taken") for line in text.splitlines()].count(True) == 1
 
 
 def test_a_wrong_result_in_the_self_test_refuses_the_device(physical: Any, monkeypatch: pytest.MonkeyPatch) -> None:
