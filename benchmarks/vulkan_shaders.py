@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Time each shader of a region on a Vulkan device with timestamp queries; weights are cold.
+"""Time every shader on a Vulkan device with timestamp queries, and copies inside its memory; weights are cold.
 
-    python benchmarks/vulkan_shaders.py                                    the best GPU, layers of Gemma 3 1B
-    python benchmarks/vulkan_shaders.py --device 780M --model gemma3-4b --output 780m.json
-    python benchmarks/vulkan_shaders.py --region head --tokens 1            or qkv
+    python benchmarks/vulkan_shaders.py --output 780m.json                  all of it, the best GPU, Gemma 3 1B
+    python benchmarks/vulkan_shaders.py --device 780M --model gemma3-4b --peak-tops 16.6 --output 780m.json
+    python benchmarks/vulkan_shaders.py --region head --tokens 1            or ffn, qkv
 
-GB/s counts weight bytes, TOPS two operations per multiply-add. On a software driver (lavapipe, SwiftShader) times say
-nothing about a GPU: the result is marked so and carries neither.
+GB/s counts weight bytes and is compared with what a copy reads and writes; TOPS is two operations per multiply-add and
+is compared with `--peak-tops`, the device's int8 peak by its data sheet. Where prompts go through cooperative matrices,
+packed dot products are timed beside them. On a software driver (lavapipe, SwiftShader) times say nothing about a GPU:
+the result is marked so and carries none of these rates.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,9 +31,12 @@ from unicorn_backend.models.random import CONFIGS
 from unicorn_backend.runtime import open_device
 from unicorn_backend.runtime.vulkan import kernels
 from unicorn_backend.runtime.vulkan.cost import weight
-from unicorn_backend.runtime.vulkan.device import CALLS
+from unicorn_backend.runtime.vulkan.device import CALLS, VulkanDevice
+from unicorn_backend.runtime.vulkan.logical import DEVICE, LogicalDevice
 
 COLD_BYTES = 256 << 20  # of weights between two uses of the same one: beyond every cache of a GPU
+COPIED_BYTES = 256 << 20
+REGIONS = ("ffn", "qkv", "head")
 SOFTWARE = "software driver: these times are no measurement of a GPU"
 
 
@@ -39,7 +44,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="", help="index, UUID or part of the name")
     parser.add_argument("--model", default="gemma3-1b", choices=sorted(CONFIGS))
-    parser.add_argument("--region", default="ffn", choices=("ffn", "qkv", "head"))
+    parser.add_argument("--region", nargs="+", default=list(REGIONS), choices=REGIONS)
+    parser.add_argument("--peak-tops", type=float, help="int8, by the data sheet")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 64, 512])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=0, help="0: as many as are needed for cold weights")
@@ -49,13 +55,22 @@ def main() -> None:
     device: Any = open_device(f"vulkan:{options.device}".rstrip(":"))
     if isinstance(device, str):
         sys.exit(f"no device: {device}")
-    region = region_of(options.model, options.region)
-    result = {"model": options.model, "region": options.region}
-    result |= measure(device, region, options.tokens, options.rounds, options.layers)
+    software = device.physical.kind == "software"
+    result: dict[str, Any] = {"model": options.model, "device": device.label, "software": software}
+    result |= {"note": SOFTWARE} if software else {"copy_gb_per_s": copy_rate(device._device, options.rounds)}
+    ceiling = Ceiling(result.get("copy_gb_per_s"), options.peak_tops)
+    result["regions"] = [measure(device, kind, options, ceiling) for kind in options.region]
     text = json.dumps(result, indent=1) + "\n"
     if options.output:
         options.output.write_text(text, encoding="utf-8")
     print(text, end="")
+
+
+class Ceiling(NamedTuple):
+    """What rates are compared with; None: not known."""
+
+    copy_gb_per_s: float | None
+    peak_tops: float | None
 
 
 @dataclass(frozen=True)
@@ -114,16 +129,27 @@ def region_of(model: str, kind: str) -> Callable[[], Region]:
     return {"ffn": ffn, "qkv": qkv, "head": head}[kind]
 
 
-def measure(
-    device: Any, make: Callable[[], Region], token_counts: list[int], rounds: int, layers: int
-) -> dict[str, Any]:
-    """Median microseconds of each stage, and what they mean where the device is one."""
-    software = device.physical.kind == "software"
+def measure(device: Any, kind: str, options: argparse.Namespace, ceiling: Ceiling) -> dict[str, Any]:
+    """Median microseconds of each stage of a region, and what they mean where the device is one."""
+    make = region_of(options.model, kind)
     first = make()
     layer_bytes = sum(first.bytes.values())
-    regions = [first, *(make() for _ in range((layers or max(COLD_BYTES // layer_bytes, 1)) - 1))]
-    rows = []
-    for tokens in token_counts:
+    regions = [first, *(make() for _ in range((options.layers or max(COLD_BYTES // layer_bytes, 1)) - 1))]
+    found = [_with_variant(device, regions, options.tokens, options.rounds, ceiling)]
+    prompts = [tokens for tokens in options.tokens if tokens > kernels.BUCKETS[-1]]
+    if device.variant.matrix and prompts:
+        plain = VulkanDevice(device.name, device.physical, "dot8_subgroup")
+        found.append(_with_variant(plain, regions, prompts, options.rounds, ceiling))
+        plain.close()
+    about = {"region": kind, "layers": len(regions), "layer_bytes": layer_bytes, "rounds": options.rounds}
+    return {**about, "variants": found}
+
+
+def _with_variant(
+    device: Any, regions: list[Region], token_counts: list[int], rounds: int, ceiling: Ceiling
+) -> dict[str, Any]:
+    first, rows = regions[0], []
+    for tokens in dict.fromkeys(min(tokens, _most(first, tokens)) for tokens in token_counts):
         found = _times(device, regions, tokens, rounds)
         times = dict.fromkeys(first.stages, 0.0)
         # a head that is larger than a buffer may be has several products, the last stages
@@ -131,17 +157,44 @@ def measure(
             (*first.stages, *first.stages[-1:] * (len(found) - len(first.stages))), found, strict=True
         ):
             times[stage] += us
-        rows.append({"tokens": tokens, "us": times} | ({} if software else _rates(first, times, tokens)))
-    facts = {"device": device.label, "variant": device.variant.name, "software": software}
-    note = {"note": SOFTWARE} if software else {}
-    return {**facts, **note, "layers": len(regions), "layer_bytes": layer_bytes, "rounds": rounds, "rows": rows}
+        software = device.physical.kind == "software"
+        rows.append({"tokens": tokens, "us": times} | ({} if software else rates(first, times, tokens, ceiling)))
+    return {"variant": device.variant.name, "rows": rows}
 
 
-def _rates(region: Region, us: dict[str, float], tokens: int) -> dict[str, Any]:
-    return {
-        "gb_per_s": {stage: size / us[stage] / 1e3 for stage, size in region.bytes.items()},
-        "tops": {stage: 2 * n * k * tokens / us[stage] / 1e6 for stage, (n, k, _) in region.products.items()},
-    }
+def rates(region: Region, us: dict[str, float], tokens: int, ceiling: Ceiling) -> dict[str, Any]:
+    """Of the stages that multiply."""
+    read = {stage: size / us[stage] / 1e3 for stage, size in region.bytes.items()}
+    tops = {stage: 2 * n * k * tokens / us[stage] / 1e6 for stage, (n, k, _) in region.products.items()}
+    found = {"gb_per_s": read, "tops": tops}
+    if ceiling.copy_gb_per_s:
+        found["of_copy"] = {stage: rate / ceiling.copy_gb_per_s for stage, rate in read.items()}
+    if ceiling.peak_tops:
+        found["of_peak"] = {stage: rate / ceiling.peak_tops for stage, rate in tops.items()}
+    return found
+
+
+def copy_rate(logical: LogicalDevice, rounds: int) -> float:
+    """GB/s of a copy from device memory to device memory, read and written bytes together: the best of the rounds."""
+    source, target = (logical.buffer(COPIED_BYTES, DEVICE) for _ in range(2))
+    clock = logical.new_clock(1)
+    recorded = logical.record_copy(source, target, COPIED_BYTES, clock)
+    best = float("inf")
+    for _ in range(rounds + 1):
+        logical.run(recorded)
+        best = min(best, *logical.times_us(clock, 1))
+    logical.forget(recorded)
+    logical.forget_clock(clock)
+    for buffer in (source, target):
+        logical.free(buffer)
+    return 2 * COPIED_BYTES / best / 1e3
+
+
+def _most(region: Region, tokens: int) -> int:
+    """Tokens that one submit takes."""
+    call = CALLS[region.op](*region.arguments(torch.zeros(tokens, region.hidden).bfloat16()))
+    most: int = call.shape.max_tokens
+    return most
 
 
 def _times(device: Any, regions: list[Region], tokens: int, rounds: int) -> list[float]:
@@ -155,8 +208,6 @@ def _times(device: Any, regions: list[Region], tokens: int, rounds: int) -> list
         if isinstance(uploaded, str):
             sys.exit(uploaded)
         made = device.kernels(call.shape)
-        if tokens > made.shape.max_tokens:
-            sys.exit(f"{tokens} tokens: at most {made.shape.max_tokens} go through one submit")
         bucket = next((b for b in kernels.BUCKETS if tokens <= b), 0)
         stages = len(made.stages(uploaded.weights, bucket))
         clock = logical.new_clock(stages)

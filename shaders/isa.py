@@ -5,7 +5,7 @@
     python shaders/isa.py --write      write shaders/gfx1103.json
 
 No GPU is needed: Mesa's RADV driver compiles for a device that is not there. Nothing runs, so these are no
-measurements of speed.
+measurements of speed. The driver is that of `python3 shaders/newer_debian.py`, else this system's.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import newer_debian
+
 RECORD = Path(__file__).parent / "gfx1103.json"
 DRIVER = Path("/usr/share/vulkan/icd.d/radeon_icd.x86_64.json")
+NEWER = "trixie"  # Mesa 25.0; from 26 on it needs a simulated kernel driver
 FAMILIES = ("phoenix", "gfx1103_r1")  # what Mesa calls it, newer and older
 LAYERS = {"gemma3-1b": (1152, 6912), "gemma3-4b": (2560, 10240)}  # hidden and intermediate size
-COUNTED = ("v_dot4", "scratch_", "buffer_load", "ds_")
+COUNTED = ("v_dot4", "v_wmma", "scratch_", "buffer_load", "ds_")
 NAMES = {"vgprs": "VGPRs", "spilled_vgprs": "Spilled VGPRs", "spilled_sgprs": "Spilled SGPRs", "lds_bytes": "LDS size"}
 
 
 def main() -> None:
-    family = os.environ.get("RADV_FORCE_FAMILY") or sys.exit("set RADV_FORCE_FAMILY to one of " + ", ".join(FAMILIES))
+    family = os.environ.get("RADV_FORCE_FAMILY")
+    if family is None:
+        _with_the_driver()
     from unicorn_backend.runtime.vulkan.physical import devices
 
     (physical,) = devices()
@@ -48,22 +53,34 @@ def main() -> None:
     print(text)
 
 
+def _with_the_driver() -> None:
+    """This script again, seeing nothing but a RADV that pretends."""
+    newer = newer_debian.root(NEWER) is not None
+    path = newer_debian.driver(NEWER, "radeon") if newer else str(DRIVER)
+    python = newer_debian.command(NEWER, sys.executable) if newer else [sys.executable]
+    env = {k: v for k, v in os.environ.items() if k != "VK_DRIVER_FILES"}
+    env |= {"VK_ICD_FILENAMES": path, "UNICORN_CACHE": "0", "RADV_FORCE_FAMILY": FAMILIES[0 if newer else 1]}
+    os.execve(python[0], [*python, *sys.argv], env)
+
+
 def _pipelines(device: Any) -> Any:
-    """Name and pipeline of every build, for each number of tokens and the layers of two models."""
+    """Name and pipeline of every build that the driver takes, for each number of tokens and layers of two models."""
     from unicorn_backend.runtime.vulkan import ffn, kernels, linear, qkv, variants
 
     for model, (hidden, width) in LAYERS.items():
         shape = ffn.Shape(hidden, width, hidden, "gelu_tanh", ffn.torch.bfloat16, 1e-6, 1e-6, "x")
         for variant in variants.VARIANTS:
+            if variant.missing(device.physical.features):
+                continue
             made = _without_buffers(ffn.FfnKernels, device, variant, shape)
             products = {which: functools.partial(made.product, which) for which in ("gate_up", "down")}
             for scheme, zero in (("w8c", False), ("w8a", True)):
                 products[f"linear {scheme}"] = functools.partial(_linear, made, hidden, zero, linear)
             for which, product in products.items():
-                for tokens in kernels.BUCKETS:
+                for tokens in kernels.BUCKETS if not variant.matrix else ():  # which has the GEMVs of the next
                     yield f"{model} {which} {variant.name} {tokens}", product(tokens)
                 if variant.subgroup:
-                    yield f"{model} {which} gemm {variant.name.split('_')[0]}", product(0)
+                    yield f"{model} {which} gemm {'matrix' if variant.matrix else variant.dot}", product(0)
         yield f"{model} norm_quant", made.row_pipeline("norm_quant", hidden, 1e-6)
         heads = qkv.Shape(
             hidden, 8, 4, 256, ffn.torch.bfloat16, 1e-6, 1e-6, False, 256, ffn.torch.bfloat16, False, False

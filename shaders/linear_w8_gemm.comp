@@ -26,6 +26,7 @@ layout(std430, binding = 6) writeonly buffer Y { uint y[]; };         // [M][TOT
 
 const uint WEIGHTS = 1;
 #include "include/gemm.glsl"
+#include "include/w8_result.glsl"
 
 void main() {
   const uint tid = gl_LocalInvocationIndex, tn = tid & 15u, tm = tid >> 4;
@@ -72,21 +73,6 @@ void main() {
   }
 
   if (row > last) return;
-  vec4 scales, add = vec4(0.0);
-  [[unroll]] for (uint j = 0u; j < 4u; ++j) {
-    scales[j] = w_scale[row + j];
-    if (BIAS != 0u && row + j < N) add[j] = bias[FIRST + row + j];
-  }
-  [[unroll]] for (uint i = 0u; i < 4u; ++i) {
-    const vec4 finished = sum[i] * scales + add;
-    const uint at = (m0 + 4u * tm + i) * TOTAL + FIRST + row;
-    if (TYPE == F32) {
-      [[unroll]] for (uint j = 0u; j < 4u; ++j) {
-        if (row + j < N) y[at + j] = floatBitsToUint(finished[j]);
-      }
-    } else {  // FIRST, N and TOTAL are even: a word belongs to one token
-      if (row < N) y[at / 2u] = write_pair(TYPE, finished.xy);
-      if (row + 2u < N) y[at / 2u + 1u] = write_pair(TYPE, finished.zw);
-    }
-  }
+  const Finish f = finish_of(row);
+  [[unroll]] for (uint i = 0u; i < 4u; ++i) write_rows(m0 + 4u * tm + i, row, sum[i], f);
 }

@@ -233,7 +233,8 @@ def _vulkan_device(number: int, physical: Any) -> str:
         return f"{shown}: {device}"
     budget = device.memory().budget
     memory = f", {table.size(budget)} to be had" if budget else ""
-    return f"{shown}: shaders {device.variant.name}, self-test of {device.takes} passed{memory}"
+    over = f" ({device.passed_over})" if device.passed_over else ""
+    return f"{shown}: shaders {device.variant.name}{over}, self-test of {device.takes} passed{memory}"
 
 
 def check_calibration() -> Check:

@@ -5,13 +5,14 @@ Both are programs on the CPU: they show that results are right, never how fast a
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.scripts import ROOT
+from tests.scripts import ROOT, load
 
 DRIVERS = {  # name of the device -> where its driver's description may be, and what to install
     "llvmpipe": (["/usr/share/vulkan/icd.d/lvp_icd.x86_64.json"], "apt install mesa-vulkan-drivers"),
@@ -32,6 +33,12 @@ def description(name: str) -> str:
     if found is None:
         pytest.skip(f"no {name} driver ({install})")
     return found
+
+
+@functools.cache
+def newer_debian() -> Any:
+    """Drivers and checkers that know cooperative matrices: see there."""
+    return load(ROOT / "shaders" / "newer_debian.py")
 
 
 def environment(name: str) -> dict[str, str]:

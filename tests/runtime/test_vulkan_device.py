@@ -16,6 +16,7 @@ from torch import nn
 import unicorn_backend
 from tests.runtime import drivers
 from tests.runtime.test_vulkan_ffn import arguments, run
+from tests.runtime.vulkan_cycles import cycles
 from tests.test_compile_cache import make  # the embedded model cut to two layers
 from unicorn_backend import runtime
 from unicorn_backend.partition import calibration
@@ -146,7 +147,10 @@ def test_a_choice_of_variants_can_be_printed(physical: Any) -> None:
 
     text = variants.explain_choice(physical.features)
     assert [line.split()[0] for line in text.splitlines()] == [v.name for v in variants.VARIANTS]
-    assert text.splitlines()[0].endswith("taken") and text.splitlines()[-1].endswith("not needed")
+    no_matrices, taken, *others = text.splitlines()  # Debian 12's driver has none; newer ones do
+    assert no_matrices.endswith(("taken", "no cooperative matrices of int8 with int32 sums"))
+    assert taken.endswith(("taken", "not needed")) and others[-1].endswith("not needed")
+    assert [line.endswith("taken") for line in text.splitlines()].count(True) == 1
 
 
 def test_a_wrong_result_in_the_self_test_refuses_the_device(physical: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -265,6 +269,13 @@ def test_thousand_models_and_ten_thousand_tokens_leak_nothing(device: Any) -> No
         region.run(first)
     assert device.memory().used == before.used
     assert resident_mb() - resident < 4, "10,000 tokens"
+
+
+def test_models_that_come_and_go_leave_nothing_on_the_device(device: Any) -> None:
+    first, *others = cycles(device, 2)  # a thousand by hand: see there
+    assert first.regions == first.shared == 0
+    for left in others:
+        assert (left.used, left.shared, left.regions, left.tokens) == (first.used, 0, 0, first.tokens)
 
 
 def test_a_call_under_way(device: Any, monkeypatch: pytest.MonkeyPatch) -> None:

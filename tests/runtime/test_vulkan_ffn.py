@@ -124,7 +124,7 @@ def check(device: Any, args: tuple[Any, ...]) -> None:
     assert (y.double() - cpu).square().mean() <= 1e-5 * cpu.square().mean()
 
 
-@pytest.mark.parametrize("variant", ["dot8_subgroup", "dot8_shared", "int_subgroup", "int_shared"])
+@pytest.mark.parametrize("variant", ["matrix", "dot8_subgroup", "dot8_shared", "int_subgroup", "int_shared"])
 @pytest.mark.parametrize("m", [1, 8, 71])
 def test_every_variant(devices: Any, physical: Any, variant: str, m: int) -> None:
     from unicorn_backend.runtime.vulkan import variants

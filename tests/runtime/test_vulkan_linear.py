@@ -81,7 +81,7 @@ def check(device: Any, args: tuple[Any, ...]) -> None:
     assert (y.double() - cpu).square().mean() <= 1e-5 * cpu.square().mean()
 
 
-@pytest.mark.parametrize("variant", ["dot8_subgroup", "dot8_shared", "int_subgroup", "int_shared"])
+@pytest.mark.parametrize("variant", ["matrix", "dot8_subgroup", "dot8_shared", "int_subgroup", "int_shared"])
 @pytest.mark.parametrize(("m", "scheme", "bias"), [(1, "w8a", False), (8, "w8c", True), (71, "w8a", True)])
 def test_every_variant(devices: Any, physical: Any, variant: str, m: int, scheme: str, bias: bool) -> None:
     from unicorn_backend.runtime.vulkan import variants

@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,8 +22,17 @@ def messages(driver: str, scenario: list[str], tmp_path: Path, enabled: str) -> 
         pytest.skip("no validation layer (apt install vulkan-validationlayers)")
     pytest.importorskip("vulkan", reason="no Python package 'vulkan'", exc_type=(ImportError, OSError))
     report = tmp_path / "report.txt"
+    env = drivers.environment(driver) | layer_environment(tmp_path, report, {"enables": enabled})
+    command = [sys.executable, "-m", "tests.runtime.vulkan_scenario", *scenario]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
+    assert done.stdout.endswith("done\n"), done.stdout + done.stderr
+    return report.read_text() if report.exists() else ""
+
+
+def layer_environment(tmp_path: Path, report: Path, enables: dict[str, str]) -> dict[str, str]:
+    """What turns the layer on and makes it write to `report`; `enables`: settings, which change with its version."""
     settings = {
-        "enables": enabled,
+        **enables,
         "debug_action": "VK_DBG_LAYER_ACTION_LOG_MSG",
         "report_flags": "error,warn,perf",
         "log_filename": str(report),
@@ -32,15 +40,11 @@ def messages(driver: str, scenario: list[str], tmp_path: Path, enabled: str) -> 
     }
     file = tmp_path / "vk_layer_settings.txt"
     file.write_text("".join(f"khronos_validation.{name} = {value}\n" for name, value in settings.items()))
-    env = drivers.environment(driver) | {
+    return {
         "VK_LAYER_SETTINGS_PATH": str(file),
         "VK_INSTANCE_LAYERS": "VK_LAYER_KHRONOS_validation",
         "UNICORN_CACHE": "0",
     }
-    command = [sys.executable, "-m", "tests.runtime.vulkan_scenario", *scenario]
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=600)
-    assert done.stdout.endswith("done\n"), done.stdout + done.stderr
-    return report.read_text() if report.exists() else ""
 
 
 def test_no_messages_on_llvmpipe(tmp_path: Path) -> None:
@@ -48,39 +52,39 @@ def test_no_messages_on_llvmpipe(tmp_path: Path) -> None:
 
 
 def test_no_messages_on_swiftshader(tmp_path: Path) -> None:
-    assert messages("SwiftShader", ["clean", "mapped", "staged"], tmp_path, SYNC) == ""
+    found = messages("SwiftShader", ["clean", "mapped", "staged"], tmp_path, f"{SYNC},{ASSISTED}")
+    own = "shaderInt64 feature is not available.  No buffer device address checking"  # which no shader here would need
+    assert [line for line in found.splitlines() if not line.startswith("    ") and own not in line] == []
 
 
-def test_a_missing_barrier_and_a_read_out_of_bounds_are_found(tmp_path: Path) -> None:
-    found = messages("llvmpipe", ["wrong"], tmp_path, f"{SYNC},{ASSISTED}")
+@pytest.mark.parametrize("driver", list(drivers.DRIVERS))
+def test_a_missing_barrier_and_a_read_out_of_bounds_are_found(driver: str, tmp_path: Path) -> None:
+    found = messages(driver, ["wrong"], tmp_path, f"{SYNC},{ASSISTED}")
     assert "SYNC-HAZARD-READ-AFTER-WRITE" in found
     assert "access out of bounds" in found
 
 
 def test_gfx1103(tmp_path: Path) -> None:
     """Mesa's compiler on every pipeline for the Radeon 780M, without one: see shaders/isa.py."""
-    radv = Path("/usr/share/vulkan/icd.d/radeon_icd.x86_64.json")
-    if not radv.is_file():
-        pytest.skip("no RADV driver (apt install mesa-vulkan-drivers)")
+    newer = drivers.newer_debian()
+    if newer.root("trixie") is None and not Path("/usr/share/vulkan/icd.d/radeon_icd.x86_64.json").is_file():
+        pytest.skip(f"no RADV driver ({newer.INSTALL}, or apt install mesa-vulkan-drivers)")
     pytest.importorskip("vulkan", reason="no Python package 'vulkan'", exc_type=(ImportError, OSError))
-    found = next((f for family in ("phoenix", "gfx1103_r1") if (f := _compile(radv, family))), None)
-    if found is None:
-        pytest.skip("this Mesa knows no gfx1103")
-    record = json.loads((ROOT / "shaders" / "gfx1103.json").read_text())
-    assert set(found["pipelines"]) == set(record["pipelines"])
-    if found["driver"] == record["driver"]:
-        assert found == record, "run shaders/isa.py --write"
-    for name, facts in found["pipelines"].items():
-        chosen = "int" not in name.replace("_", " ").split()  # what gfx1103 runs; the other builds may spill
-        assert not chosen or facts["spilled_vgprs"] == facts["spilled_sgprs"] == facts["scratch_"] == 0, name
-        assert facts["vgprs"] <= 128 and facts["lds_bytes"] <= 16 << 10, name
-        assert (facts["v_dot4"] > 0) == ("dot8" in name), name
-
-
-def _compile(radv: Path, family: str) -> Any:
-    env = drivers.only(str(radv)) | {"RADV_FORCE_FAMILY": family}
     command = [sys.executable, "shaders/isa.py"]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**env, "UNICORN_CACHE": "0"}, capture_output=True, text=True, timeout=600
-    )
-    return json.loads(done.stdout) if done.returncode == 0 else None
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    if done.returncode and newer.root("trixie") is None:
+        pytest.skip("this Mesa compiles for no gfx1103")
+    assert done.returncode == 0, done.stderr
+    found, record = json.loads(done.stdout), json.loads((ROOT / "shaders" / "gfx1103.json").read_text())
+    same = found["driver"] == record["driver"]
+    assert not same or found == record, "run shaders/isa.py --write"
+    # Debian 12's Mesa knows no cooperative matrices
+    assert set(found["pipelines"]) >= {name for name in record["pipelines"] if "matrix" not in name}
+    for name, facts in found["pipelines"].items():
+        build = next(b for b in ("matrix", "dot8", "int", "norm", "heads") if b in name.replace("_", " ").split())
+        if build != "int" or same:  # which gfx1103 does not run; they spill with an older Mesa
+            assert facts["spilled_vgprs"] == facts["spilled_sgprs"] == facts["scratch_"] == 0, name
+        assert facts["vgprs"] <= (256 if build == "int" else 128), name
+        assert facts["lds_bytes"] <= (28 if build == "matrix" else 16) << 10, name
+        assert (facts["v_wmma"] > 0) == (build == "matrix"), name
+        assert (facts["v_dot4"] > 0) == (build == "dot8" or "w8a gemm matrix" in name), name

@@ -1,4 +1,4 @@
-"""Run by test_vulkan_validation.py in a process of its own, under the validation layer: `python -m ... NAME`."""
+"""Run by tests in a process of its own, under the validation layer or on a newer driver: `python -m ... NAME`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 
 from tests.runtime import test_vulkan_linear as linear
 from tests.runtime import test_vulkan_qkv as qkv
-from tests.runtime.test_vulkan_ffn import arguments, run
-from unicorn_backend.runtime.vulkan import ffn, physical
+from tests.runtime.test_vulkan_ffn import arguments, check, run
+from unicorn_backend import runtime
+from unicorn_backend.runtime.vulkan import device as vulkan_device
+from unicorn_backend.runtime.vulkan import ffn, physical, variants
 from unicorn_backend.runtime.vulkan.device import VulkanDevice
 from unicorn_backend.runtime.vulkan.logical import LogicalDevice
 
@@ -27,6 +29,49 @@ def clean(*placings: str) -> None:
         device.close()
 
 
+def matrix() -> None:
+    """Cooperative matrices on a driver that has them: bounds, the self-test, and what happens when it fails."""
+    device: Any = runtime.open_device("vulkan:0")
+    assert not isinstance(device, str) and device.variant.name == "matrix", device
+    bf16, f16, f32 = ffn.torch.bfloat16, ffn.torch.float16, ffn.torch.float32
+    for m, k, f, n, act, dtype in ((67, 128, 192, 128, "gelu_tanh", bf16), (13, 33, 47, 13, "silu", f32)):
+        check(device, arguments(m, k, f, n, act, dtype, own=n != k))
+    check(device, arguments(67, 1152, 6912, 1152))
+    for m, k, n, scheme, dtype in ((131, 160, 194, "w8a", bf16), (67, 40, 75, "w8a", f32), (13, 70, 90, "w8c", f16)):
+        linear.check(device, linear.arguments(m, k, n, scheme, dtype, bias=n == 90))
+    linear.check(device, linear.arguments(13, 1152, 4096, "w8a"))
+    qkv.check(device, qkv.arguments(1, 19, 50, (3, 1, 20), bias=True))
+    extremes(device)
+    runtime.close_devices()
+
+    plain = vulkan_device.compare_with_cpu
+    vulkan_device.compare_with_cpu = lambda tested: "bad matrices" if tested.variant.matrix else plain(tested)
+    device = runtime.open_device("vulkan:0")
+    assert not isinstance(device, str) and device.variant.name == "dot8_subgroup", device
+    assert device.passed_over == "bad matrices"
+    check(device, arguments(67, 64, 96, 64))
+    runtime.close_devices()
+
+
+def unsupported() -> None:
+    """On purpose: matrices of a size that the driver does not list."""
+    (found,) = physical.devices()
+    device = VulkanDevice("vulkan", found)
+    shape = ffn.Call(*arguments(13, 64, 96, 64)).shape
+    variants.matrix_shape = lambda features: physical.MatrixShape(16, 16, 16)
+    device.kernels(shape).product("down", 0)
+
+
+def extremes(device: Any) -> None:
+    """The largest sums of a group that there are: one unit of them is 1e-6."""
+    w, s, z = linear.weight(16, 32, "w8a", ffn.torch.Generator())
+    w[0, :, :, :8], w[0, :, :, 8:], z[0, :8], z[0, 8:] = 255, 0, 0, 255
+    args = (ffn.torch.full((9, 32), 127.0), [w, s.fill_(2.0**-10), z], None, 16)
+    sizes = ffn.torch.full((8,), 32 * 127 * 255 * 2.0**-10)
+    want = ffn.torch.cat([sizes, -sizes]).expand(9, 16)
+    assert ((linear.run(device, args) / want - 1).abs() <= 3e-7).all()
+
+
 def wrong() -> None:
     """On purpose: a buffer of scales with four values, and dispatches with nothing between them."""
     (found,) = physical.devices()
@@ -38,5 +83,5 @@ def wrong() -> None:
 
 
 if __name__ == "__main__":
-    {"clean": clean, "wrong": wrong}[sys.argv[1]](*sys.argv[2:])
+    {"clean": clean, "matrix": matrix, "unsupported": unsupported, "wrong": wrong}[sys.argv[1]](*sys.argv[2:])
     print("done")

@@ -8,8 +8,11 @@ prepared, and everything is prepared anew when a tensor was written to in place.
 from __future__ import annotations
 
 import importlib.util
+import logging
 
 from unicorn_backend.runtime.device import Device
+
+log = logging.getLogger(__name__)
 
 
 def open_device(selector: str) -> Device | str:
@@ -29,9 +32,15 @@ def open_device(selector: str) -> Device | str:
         if isinstance(chosen, str):
             return chosen
         device = VulkanDevice(name, chosen)
+        trouble = device.self_test()
+        if trouble and device.variant.matrix:  # young code in every driver: the device may be good without it
+            log.warning("%s: cooperative matrices are not used: %s", name, trouble)
+            device.close()
+            device = VulkanDevice(name, chosen, distrust=trouble)
+            trouble = device.self_test()
     except api.VulkanError as error:
         return f"the driver refused: {error}"
-    if trouble := device.self_test():
+    if trouble:
         device.close()
         return trouble
     return device

@@ -126,9 +126,9 @@ class Structs:
 def structure_type(kind: str) -> int | None:
     """VkBufferCreateInfo -> VK_STRUCTURE_TYPE_BUFFER_CREATE_INFO; None for a struct that has none."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])", "_", kind.removeprefix("Vk"))
-    name = re.sub(r"([A-Za-z])(\d)(?=_|$)", r"\1_\2", words).upper()  # PROPERTIES_2, MAINTENANCE_3_PROPERTIES
-    found: int | None = getattr(vk, f"VK_STRUCTURE_TYPE_{name}", None)
-    return found
+    apart = re.sub(r"([A-Za-z])(\d)(?=_|$)", r"\1_\2", words)  # PROPERTIES_2, MAINTENANCE_3_PROPERTIES; not INT8
+    found = (getattr(vk, f"VK_STRUCTURE_TYPE_{name.upper()}", None) for name in (apart, words))
+    return next((code for code in found if code is not None), None)
 
 
 @functools.cache

@@ -7,6 +7,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -30,13 +31,21 @@ _all: weakref.WeakSet[VulkanDevice] = weakref.WeakSet()
 
 
 class VulkanDevice:
-    """See `runtime/device.py`. `variant` and `placing` override what the device's features choose, for tests."""
+    """See `runtime/device.py`. `variant` and `placing` override what the device's features choose, for tests.
 
-    def __init__(self, name: str, physical: PhysicalDevice, variant: str = "", placing: str = "") -> None:
+    `distrust`: why its cooperative matrices are not used.
+    """
+
+    def __init__(
+        self, name: str, physical: PhysicalDevice, variant: str = "", placing: str = "", distrust: str = ""
+    ) -> None:
+        if distrust:
+            physical = replace(physical, features=replace(physical.features, matrices=()))
         self.name, self.label, self.physical = name, physical.label, physical
         self.software, self.least, self.chunk, self.defers = physical.kind == "software", 1, 0, True
         chosen = variants.choose(physical.features)
         self.variant = next((v for v in variants.VARIANTS if v.name == variant), chosen)
+        self.passed_over = distrust or chosen.passed_over(physical.features)
         self.takes = ", ".join(f"{kind} ({', '.join(schemes)})" for kind, schemes in SCHEMES.items())
         self.lost = ""  # why no region runs any more
         self._placing = placing

@@ -292,8 +292,11 @@ class Kernels(ABC):
     ) -> Any:
         """The GEMV for a bucket of tokens, the GEMM for 0: `name` "linear_w8", `which` "gate_up_" or ""."""
         variant = self.variant
+        shape = variants.matrix_shape(self.device.physical.features) if tokens == 0 and variant.matrix else None
+        if shape is not None:
+            code = variants.code("__".join(filter(None, (f"{name}_gemm_matrix", which.rstrip("_")))))
+            return self.device.pipeline(code, [*constants, *zip((9, 10, 11), shape, strict=True)], full_subgroups=True)
         if tokens == 0:
-            dot = "dot8" if variant.dot8 else "int"
-            return self.device.pipeline(variants.code(f"{name}_gemm__{which}{dot}"), constants)
-        code = variants.code(f"{name}_gemv__{which}{variant.name}")
+            return self.device.pipeline(variants.code(f"{name}_gemm__{which}{variant.dot}"), constants)
+        code = variants.code(f"{name}_gemv__{which}{variant.dot}_{variant.sums}")
         return self.device.pipeline(code, [(0, threads), (3, tokens), *constants], full_subgroups=variant.subgroup)

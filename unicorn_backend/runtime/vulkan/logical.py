@@ -160,8 +160,7 @@ class LogicalDevice:
         """A copy in device memory of what the CPU has at `address`, through a buffer that both see."""
         target, staging = self.buffer(size, DEVICE), self.buffer(size, UPLOAD[1:])
         ctypes.memmove(staging.address, address, size)
-        copy = ffi.new("VkBufferCopy *", {"size": size})
-        recorded = self._record(lambda command: lib.vkCmdCopyBuffer(command, staging.handle, target.handle, 1, copy))
+        recorded = self.record_copy(staging, target, size)
         self.run(recorded)
         self.forget(recorded)
         self.free(staging)
@@ -353,6 +352,20 @@ class LogicalDevice:
 
         return self._record(fill, pool)
 
+    def record_copy(self, source: Buffer, target: Buffer, size: int, clock: Any = None) -> Recorded:
+        """`clock`: a pool from `new_clock` for one dispatch."""
+        copy = ffi.new("VkBufferCopy *", {"size": size})
+
+        def fill(command: Any) -> None:
+            if clock is not None:
+                lib.vkCmdResetQueryPool(command, clock, 0, 2)
+                lib.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_TOP_OF_PIPE_BIT, clock, 0)
+            lib.vkCmdCopyBuffer(command, source.handle, target.handle, 1, copy)
+            if clock is not None:
+                lib.vkCmdWriteTimestamp(command, vk.VK_PIPELINE_STAGE_TRANSFER_BIT, clock, 1)
+
+        return self._record(fill)
+
     def run(self, recorded: Recorded) -> None:
         """Submit and wait. Raises as these do."""
         self.submit(recorded)
@@ -479,6 +492,12 @@ class LogicalDevice:
             features.append(
                 s.new("VkPhysicalDeviceSubgroupSizeControlFeatures", subgroupSizeControl=1, computeFullSubgroups=1)
             )
+        if physical.features.matrices:
+            features += [
+                s.new("VkPhysicalDeviceCooperativeMatrixFeaturesKHR", cooperativeMatrix=1),
+                s.new("VkPhysicalDeviceVulkanMemoryModelFeatures", vulkanMemoryModel=1),
+                s.new("VkPhysicalDeviceShaderFloat16Int8Features", shaderInt8=1),
+            ]
         if statistics:
             features.append(s.new("VkPhysicalDevicePipelineExecutablePropertiesFeaturesKHR", pipelineExecutableInfo=1))
         for first, second in pairwise(features):

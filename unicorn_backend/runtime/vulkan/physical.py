@@ -5,10 +5,20 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 from unicorn_backend.options import vulkan_drivers_are_chosen
-from unicorn_backend.runtime.vulkan.api import Structs, VulkanError, call, ffi, lib, several, text, vk
+from unicorn_backend.runtime.vulkan.api import (
+    Structs,
+    VulkanError,
+    call,
+    extension_function,
+    ffi,
+    lib,
+    several,
+    text,
+    vk,
+)
 
 API = (1, 2)  # the least version that is used
 _TYPES = {0: "other", 1: "integrated", 2: "discrete", 3: "virtual", 4: "software"}
@@ -18,9 +28,18 @@ _EXTENSIONS = (
     "VK_EXT_external_memory_host",
     "VK_EXT_memory_budget",
     "VK_EXT_subgroup_size_control",
+    "VK_KHR_cooperative_matrix",
     "VK_KHR_shader_integer_dot_product",
     "VK_KHR_pipeline_executable_properties",
 )
+
+
+class MatrixShape(NamedTuple):
+    """Of a cooperative product [m, k] x [k, n]."""
+
+    m: int
+    n: int
+    k: int
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,8 @@ class Features:
     shuffle: bool  # subgroup shuffles in compute shaders
     subgroup_size: int  # the one that shaders are compiled for
     size_control: bool  # a pipeline may ask for a subgroup size, and for full subgroups
+    matrices: tuple[MatrixShape, ...]  # int8 x int8 -> int32 that a subgroup multiplies
+    shared_bytes: int  # of a workgroup
     import_alignment: int  # of host memory that the device can read in place; 0: it cannot
     max_buffer_bytes: int  # that a shader may read of one buffer, and that one allocation may have
     budget: bool  # the driver says how much memory is left
@@ -140,6 +161,8 @@ def _describe(handle: Any) -> PhysicalDevice:
         and subgroup.supportedOperations & shuffles == shuffles,
         subgroup_size=_subgroup_size(subgroup.subgroupSize, sizes if can_size else None),
         size_control=can_size,
+        matrices=_matrices(handle) if "VK_KHR_cooperative_matrix" in available else (),
+        shared_bytes=int(limits.maxComputeSharedMemorySize),
         import_alignment=int(imports.minImportedHostPointerAlignment),
         max_buffer_bytes=min(int(limits.maxStorageBufferRange), int(allocation.maxMemoryAllocationSize)),
         budget="VK_EXT_memory_budget" in available,
@@ -158,6 +181,29 @@ def _describe(handle: Any) -> PhysicalDevice:
         tuple(e for e in _EXTENSIONS if e in available),
         queue or 0,
         _missing(own.apiVersion, limits, queue),
+    )
+
+
+def _matrices(handle: Any) -> tuple[MatrixShape, ...]:
+    """Shapes of int8 with exact int32 sums, where everything else is there that a shader with matrices declares."""
+    s = Structs()
+    matrix, order, bytes_ = (
+        s.new("VkPhysicalDeviceCooperativeMatrixFeaturesKHR"),
+        s.new("VkPhysicalDeviceVulkanMemoryModelFeatures"),
+        s.new("VkPhysicalDeviceShaderFloat16Int8Features"),
+    )
+    chain = _chained([matrix, order, bytes_])
+    lib.vkGetPhysicalDeviceFeatures2(handle, s.new("VkPhysicalDeviceFeatures2", pNext=chain))
+    if not (matrix.cooperativeMatrix and order.vulkanMemoryModel and bytes_.shaderInt8):
+        return ()
+    function = extension_function("vkGetPhysicalDeviceCooperativeMatrixPropertiesKHR", instance())
+    sint8, sint32 = vk.VK_COMPONENT_TYPE_SINT8_KHR, vk.VK_COMPONENT_TYPE_SINT32_KHR
+    return tuple(
+        MatrixShape(p.MSize, p.NSize, p.KSize)
+        for p in several(function, "VkCooperativeMatrixPropertiesKHR", handle)
+        if (p.AType, p.BType, p.CType, p.ResultType) == (sint8, sint8, sint32, sint32)
+        and p.scope == vk.VK_SCOPE_SUBGROUP_KHR
+        and not p.saturatingAccumulation
     )
 
 

@@ -7,17 +7,31 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicorn_backend.runtime.vulkan.physical import Features
+from unicorn_backend.layouts import GROUP, ROWS
+from unicorn_backend.runtime.vulkan.physical import Features, MatrixShape
 
+# shaders/include/matrix.glsl: rows and tokens of a workgroup, its threads, what it shares with `GATE_UP`
+MATRIX_BLOCK, MATRIX_THREADS, MATRIX_SHARED_BYTES = 64, 256, 4 * (3 * 64 * 12 + 3 * 64 + 64 * 68)
 SPIRV = Path(__file__).parent / "spirv"  # built by shaders/build.py
 
 
 @dataclass(frozen=True)
 class Variant:
-    name: str  # of the defines, as in the names of the .spv files
+    name: str
     dot8: bool
     subgroup: bool
     why: str
+    matrix: bool = False  # more than 8 tokens
+
+    @property
+    def dot(self) -> str:
+        """In the names of the .spv files."""
+        return "dot8" if self.dot8 else "int"
+
+    @property
+    def sums(self) -> str:
+        """Likewise, of the GEMVs."""
+        return "subgroup" if self.subgroup else "shared"
 
     def missing(self, features: Features) -> str:
         """What the device lacks for it; "" if nothing."""
@@ -27,11 +41,37 @@ class Variant:
             return "no subgroup shuffles, or no full subgroups of a known size"
         if self.subgroup and not 8 <= features.subgroup_size <= 64:
             return f"subgroups of {features.subgroup_size}"
-        return ""
+        return _missing_matrix(features) if self.matrix else ""
+
+    def passed_over(self, features: Features) -> str:
+        """Why the first of the table is not this one; "" if it is."""
+        return "" if self is VARIANTS[0] else VARIANTS[0].missing(features)
+
+
+def _missing_matrix(features: Features) -> str:
+    if not features.matrices:
+        return "no cooperative matrices of int8 with int32 sums"
+    if matrix_shape(features) is None:
+        shapes = ", ".join("x".join(map(str, shape)) for shape in features.matrices)
+        return f"cooperative matrices of {shapes} with subgroups of {features.subgroup_size}"
+    if features.shared_bytes < MATRIX_SHARED_BYTES:
+        return f"{features.shared_bytes} bytes of shared memory, cooperative matrices need {MATRIX_SHARED_BYTES}"
+    return ""
+
+
+def matrix_shape(features: Features) -> MatrixShape | None:
+    """The first of the device's that a workgroup can cut its block into: two for each subgroup."""
+    for shape in features.matrices:
+        m, n, k = shape
+        whole = MATRIX_BLOCK % (2 * m) == ROWS % n == GROUP % k == 0
+        if whole and MATRIX_BLOCK**2 // (2 * m * n) * features.subgroup_size == MATRIX_THREADS:
+            return shape
+    return None
 
 
 # The first that a device can run. Subgroups of 4 have one row quad each: there is nothing to shuffle.
 VARIANTS = (
+    Variant("matrix", True, True, "cooperative matrices from 9 tokens on, else as the next", True),
     Variant("dot8_subgroup", True, True, "packed dot products, sums by subgroup shuffles"),
     Variant("dot8_shared", True, False, "packed dot products, sums in shared memory"),
     Variant("int_subgroup", False, True, "products one by one, sums by subgroup shuffles"),
