@@ -156,6 +156,7 @@ def _cached(call: dict[str, Any], options: Options, finish: Finish, compile_fram
     with _record(frame.code) as recording:
         result = compile_frame()
     _store(folder, frame, recording, result)
+    recording.graphs.clear()  # the guards' manager holds the recording, as long as torch holds the guards
     return result
 
 
