@@ -36,7 +36,7 @@ from unicorn_backend.partition import calibration
 from unicorn_backend.runtime import open_device
 from unicorn_backend.runtime.npu import machine
 
-TESTED = {"torch": "2.13", "transformers": "5.23"}
+TESTED = {"torch": "2.13", "transformers": "5.24"}
 
 
 def check_python() -> Check:

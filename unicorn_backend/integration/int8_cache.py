@@ -40,7 +40,7 @@ class Int8SlidingLayer(DynamicSlidingWindowLayer):
 
 
 class Int8Cache(DynamicCache):
-    """`model.generate(..., past_key_values=Int8Cache(config=model.config))`; arguments of `DynamicCache`."""
+    """`model.generate(..., cache=Int8Cache(config=model.config))`; arguments of `DynamicCache`."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
