@@ -59,6 +59,15 @@ def tiny(make_tiny: Callable[[], Any]) -> Any:
     return make_tiny()
 
 
+@pytest.fixture
+def two_layers(make_tiny: Callable[[], Any]) -> Any:
+    """A fresh copy of the embedded model cut to its first two layers."""
+    model = make_tiny()
+    del model.model.layers[2:]
+    model.config.num_hidden_layers = 2
+    return model
+
+
 @pytest.fixture(scope="session")
 def tokenizer() -> Any:
     """The tokenizer of the embedded model."""

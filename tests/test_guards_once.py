@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -34,16 +33,8 @@ def evaluations(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     return seen
 
 
-@pytest.fixture
-def model(make_tiny: Callable[[], Any]) -> Any:
-    model = make_tiny()
-    del model.model.layers[2:]
-    model.config.num_hidden_layers = 2
-    return model
-
-
-def test_generate_evaluates_them_once_per_graph(model: Any, evaluations: list[bool]) -> None:
-    compiled = torch.compile(model, backend="unicorn")
+def test_generate_evaluates_them_once_per_graph(two_layers: Any, evaluations: list[bool]) -> None:
+    compiled = torch.compile(two_layers, backend="unicorn")
     ids = torch.randint(3, 4000, (1, 12))
     first = compiled.generate(ids, **NEW)
     evaluations.clear()
@@ -52,17 +43,17 @@ def test_generate_evaluates_them_once_per_graph(model: Any, evaluations: list[bo
     assert torch.equal(first, again)
 
 
-def test_a_model_compiled_in_place_too(model: Any, evaluations: list[bool]) -> None:
-    model.compile(backend="unicorn")
+def test_a_model_compiled_in_place_too(two_layers: Any, evaluations: list[bool]) -> None:
+    two_layers.compile(backend="unicorn")
     ids = torch.randint(3, 4000, (1, 12))
-    model.generate(ids, **NEW)
+    two_layers.generate(ids, **NEW)
     evaluations.clear()
-    model.generate(ids, **NEW)
+    two_layers.generate(ids, **NEW)
     assert evaluations.count(True) == 2
 
 
-def test_calls_outside_generate_evaluate_them_always(model: Any, evaluations: list[bool]) -> None:
-    compiled = torch.compile(model, backend="unicorn")
+def test_calls_outside_generate_evaluate_them_always(two_layers: Any, evaluations: list[bool]) -> None:
+    compiled = torch.compile(two_layers, backend="unicorn")
     ids = torch.randint(3, 4000, (1, 12))
     with torch.no_grad():
         compiled(ids, use_cache=False)
@@ -72,15 +63,15 @@ def test_calls_outside_generate_evaluate_them_always(model: Any, evaluations: li
     assert evaluations == [True] * 3
 
 
-def test_a_change_between_two_generates_counts(model: Any) -> None:
-    compiled = torch.compile(model, backend="unicorn", options={"recipe": "none"})
+def test_a_change_between_two_generates_counts(two_layers: Any) -> None:
+    compiled = torch.compile(two_layers, backend="unicorn", options={"recipe": "none"})
     ids = torch.randint(3, 4000, (1, 12))
     kept = compiled.generate(ids, **NEW)
-    for layer in model.model.layers:
+    for layer in two_layers.model.layers:
         layer.mlp = nn.Identity()
     changed = compiled.generate(ids, **NEW, output_logits=True, return_dict_in_generate=True)
     with torch.no_grad():
-        eager = torch._dynamo.disable(model._call_impl)(ids).logits[:, -1].float()
+        eager = torch._dynamo.disable(two_layers._call_impl)(ids).logits[:, -1].float()
     assert not torch.equal(kept, changed.sequences)
     assert (changed.logits[0].float() - eager).abs().max() <= eager.abs().max() / 64  # four bf16 steps of 2^-8
 

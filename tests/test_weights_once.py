@@ -33,16 +33,8 @@ def bound(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
     yield seen
 
 
-@pytest.fixture
-def model(make_tiny: Callable[[], Any]) -> Any:
-    model = make_tiny()
-    del model.model.layers[2:]
-    model.config.num_hidden_layers = 2
-    return model
-
-
-def test_once_per_graph_and_generate(model: Any, bound: list[int]) -> None:
-    compiled: Any = torch.compile(model, backend="unicorn")
+def test_once_per_graph_and_generate(two_layers: Any, bound: list[int]) -> None:
+    compiled: Any = torch.compile(two_layers, backend="unicorn")
     ids = torch.randint(3, 4000, (1, 12))
     first = compiled.generate(ids, **NEW)
     bound.clear()
@@ -52,14 +44,14 @@ def test_once_per_graph_and_generate(model: Any, bound: list[int]) -> None:
     assert not model_state.thread.held, "nothing is held after it"
 
 
-def test_outside_of_generate_every_time(model: Any, bound: list[int]) -> None:
-    compiled: Any = torch.compile(model, backend="unicorn")
+def test_outside_of_generate_every_time(two_layers: Any, bound: list[int]) -> None:
+    compiled: Any = torch.compile(two_layers, backend="unicorn")
     ids = torch.randint(3, 4000, (1, 12))
     with torch.no_grad():
         before = compiled(ids, use_cache=False).logits
         bound.clear()
         with torch.no_grad():
-            model.model.norm.weight += 1
+            two_layers.model.norm.weight += 1
         after = compiled(ids, use_cache=False).logits
     assert len(bound) == 1 and not torch.equal(before, after)
 
