@@ -1,7 +1,8 @@
 """Loads and unloads of a whole model: `VK_ICD_FILENAMES=... python -m tests.runtime.vulkan_cycles 1000`.
 
 A cycle makes the embedded model cut to two layers, quantizes and compiles it for the CPU and lavapipe, generates from
-a prompt, and lets it go. Prints resident memory and the device's every 10 cycles.
+a prompt, and lets it go. Prints resident memory and the device's every 10 cycles. Resident memory grows: torch
+2.13 keeps the guards of every graph after `torch._dynamo.reset()`, 5 MB per cycle with its own backend "eager", too.
 """
 
 from __future__ import annotations
