@@ -39,10 +39,16 @@ class Arguments {
     return {dense.const_data_ptr(), dtype};
   }
   Array array(const OptionalTensor& t, const char* name, int64_t numel) { return t ? array(*t, name, numel) : Array{}; }
-  Rows rows(const Tensor& x, int64_t width = -1) {
+  // K of a checked input [..., K].
+  int64_t width(const Tensor& x) const {
     TORCH_CHECK(x.dim() > 0 && x.size(-1) > 0, label("x"), ": got shape ", x.sizes(), ", expected [..., K] with K > 0");
-    TORCH_CHECK(width < 0 || x.size(-1) == width, label("x"), ": got last dim ", x.size(-1), ", expected ", width);
-    return {array(x, "x"), x.numel() / x.size(-1), x.size(-1)};
+    dtype_of(x, op_, "x");
+    return x.size(-1);
+  }
+  Rows rows(const Tensor& x, int64_t expected = -1) {
+    const int64_t k = width(x);
+    TORCH_CHECK(expected < 0 || k == expected, label("x"), ": got last dim ", k, ", expected ", expected);
+    return {array(x, "x"), x.numel() / k, k};
   }
   Norm norm(const OptionalTensor& w, const std::optional<double>& eps, double offset, int64_t width, const char* name) {
     TORCH_CHECK(eps || !w, label(name), ": got a weight without an eps");

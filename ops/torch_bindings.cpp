@@ -13,8 +13,6 @@ namespace {
 
 bool is_float(TensorList w) { return w.size() == 1; }
 
-int64_t width_of(const Tensor& x, const char* op) { return Arguments(op).rows(x).width; }
-
 // A float weight: torch's own linear in the weight's dtype, as eager does it.
 Tensor float_linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n, const char* op,
                     const char* name) {
@@ -61,7 +59,7 @@ Tensor finish(const Tensor& y, const OptionalTensor& w, const OptionalFloat& eps
 }
 
 Tensor linear(const Tensor& x, TensorList w, const OptionalTensor& bias, int64_t n) {
-  const int64_t width = width_of(x, "linear");
+  const int64_t width = Arguments("linear").width(x);
   if (is_float(w)) return float_linear(x, w, bias, n, "linear", "w").to(x.scalar_type());
   return LinearRegion(width, w, bias, n)(x);
 }
@@ -146,9 +144,9 @@ std::tuple<Tensor, Tensor, Tensor> int8_qkv(const Tensor& x, const OptionalTenso
                                             int64_t kv_heads, int64_t head_dim, bool interleaved, bool v_norm) {
   const bool packed = !is_float(wq) && !is_float(wk) && !is_float(wv);
   const TensorList none;
-  const QkvRegion region(width_of(x, "int8_qkv"), norm_w, norm_eps, norm_offset, packed ? wq : none, packed ? wk : none,
-                         packed ? wv : none, bias, q_norm_w, k_norm_w, qk_norm_eps, qk_norm_offset, heads, kv_heads,
-                         head_dim, interleaved, v_norm);
+  const QkvRegion region(Arguments("int8_qkv").width(x), norm_w, norm_eps, norm_offset, packed ? wq : none,
+                         packed ? wk : none, packed ? wv : none, bias, q_norm_w, k_norm_w, qk_norm_eps, qk_norm_offset,
+                         heads, kv_heads, head_dim, interleaved, v_norm);
   if (packed) return region(x, cos, sin);
   Arguments arguments("int8_qkv");
   Tensor out[3];
@@ -195,8 +193,8 @@ Tensor int4_ffn(const Tensor& x, const OptionalTensor& norm_w, const OptionalFlo
                 const OptionalTensor& residual) {
   const Act activation = activation_of(act);
   if (!is_float(wg) && !is_float(wu) && !is_float(wd)) {
-    const FfnRegion region(width_of(x, "int4_ffn"), norm_w, norm_eps, norm_offset, wg, wu, wd, bias, activation, f, n,
-                           post_w, post_eps, post_offset);
+    const FfnRegion region(Arguments("int4_ffn").width(x), norm_w, norm_eps, norm_offset, wg, wu, wd, bias, activation,
+                           f, n, post_w, post_eps, post_offset);
     return region(x, residual);
   }
   Arguments arguments("int4_ffn");

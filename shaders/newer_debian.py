@@ -96,8 +96,10 @@ def _mirror() -> str:
     """Debian's, as apt has it on this machine."""
     command = ["apt-get", "indextargets", "--format", "$(LABEL) $(REPO_URI)"]
     lines = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
-    found = (line.removeprefix("Debian ") for line in lines if line.startswith("Debian "))
-    return next(found, "http://deb.debian.org/debian")
+    found = next((line.removeprefix("Debian ") for line in lines if line.startswith("Debian ")), None)
+    if found is None:
+        raise SystemExit("apt has no archive of Debian's on this machine: add one to its sources, then apt-get update")
+    return found
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from unicorn_backend.graph.lower import lower
 from unicorn_backend.graph.pattern import Reason
 from unicorn_backend.graph.rewrite import rewrite
 from unicorn_backend.integration import compile_cache, prepare, torch_hooks, weights_once
-from unicorn_backend.integration.weights_once import split
 from unicorn_backend.options import Options
 from unicorn_backend.partition.place import place
 from unicorn_backend.plan import Left, Plan
@@ -84,9 +83,9 @@ def finish(normal: GraphModule, plan: Plan, options: Options) -> Callable[..., A
     lowered = lower(graph)
     if isinstance(lowered, str):
         log.info("graph %d runs as generated Python: %s", plan.graph, lowered)
-        run = split(graph.forward, functools.partial(_bind, graph.forward))
+        run = weights_once.split(graph.forward, functools.partial(_bind, graph.forward))
     else:
-        run = split(lowered, lowered.bind)
+        run = weights_once.split(lowered, lowered.bind)
     run._sites = sites  # type: ignore[attr-defined]  # what it calls by number lives as long as it does
     return run
 
