@@ -31,10 +31,17 @@ TARGET = "vulkan1.2"
 
 def builds() -> dict[str, tuple[str, tuple[str, ...]]]:
     """Name of the .spv -> (source, defines)."""
-    found: dict[str, tuple[str, tuple[str, ...]]] = {name: (name, ()) for name in ("norm_quant", "norm_add", "heads")}
+    found: dict[str, tuple[str, tuple[str, ...]]] = {
+        name: (name, ()) for name in ("norm_quant", "norm_add", "heads", "copy")
+    }
     products = (("ffn_w4g", "gate_up", ("GATE_UP",)), ("ffn_w4g", "down", ()), ("linear_w8", "", ()))
     for source, which, defines in products:
-        found["__".join(filter(None, (f"{source}_gemm_matrix", which)))] = (f"{source}_gemm_matrix", defines)
+        for block, blocks in (("", ()), ("large", ("LARGE",))):
+            what = "_".join(filter(None, (which, block)))
+            found["__".join(filter(None, (f"{source}_gemm_matrix", what)))] = (
+                f"{source}_gemm_matrix",
+                (*defines, *blocks),
+            )
         for dot, dots in (("dot8", ("DOT8",)), ("int", ())):
             what = "_".join(filter(None, (which, dot)))
             found[f"{source}_gemm__{what}"] = (f"{source}_gemm", (*defines, *dots))

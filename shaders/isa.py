@@ -73,14 +73,16 @@ def _pipelines(device: Any) -> Any:
             if variant.missing(device.physical.features):
                 continue
             made = _without_buffers(ffn.FfnKernels, device, variant, shape)
-            products = {which: functools.partial(made.product, which) for which in ("gate_up", "down")}
+            products = {which: functools.partial(made.pipeline, which) for which in ("gate_up", "down")}
             for scheme, zero in (("w8c", False), ("w8a", True)):
                 products[f"linear {scheme}"] = functools.partial(_linear, made, hidden, zero, linear)
             for which, product in products.items():
                 for tokens in kernels.BUCKETS if not variant.matrix else ():  # which has the GEMVs of the next
                     yield f"{model} {which} {variant.name} {tokens}", product(tokens)
                 if variant.subgroup:
-                    yield f"{model} {which} gemm {'matrix' if variant.matrix else variant.dot}", product(0)
+                    yield f"{model} {which} gemm {'matrix' if variant.matrix else variant.dot}", product(kernels.BLOCK)
+                if variant.matrix:
+                    yield f"{model} {which} gemm matrix large", product(0)
         yield f"{model} norm_quant", made.row_pipeline("norm_quant", hidden, 1e-6)
         heads = qkv.Shape(
             hidden, 8, 4, 256, ffn.torch.bfloat16, 1e-6, 1e-6, False, 256, ffn.torch.bfloat16, False, False
@@ -89,12 +91,12 @@ def _pipelines(device: Any) -> Any:
         yield f"{model} norm_add", made.row_pipeline("norm_add", hidden, 1e-6, (5, 1))
 
 
-def _linear(made: Any, hidden: int, zero: bool, linear: Any, tokens: int) -> Any:
+def _linear(made: Any, hidden: int, zero: bool, linear: Any, bucket: int) -> Any:
     """The head of a vocabulary of 262,144, or a projection with a bias."""
     rows = 1 << 18 if zero else 2048
     piece = linear.Piece(0, rows, (None,) * (3 if zero else 2))
     target = linear.Target(1, not zero, 0, rows)
-    (stage,) = linear.product_stages(made, [piece], (), (hidden, rows), target, tokens)
+    (stage,) = linear.product_stages(made, [piece], (), (hidden, rows), target, bucket)
     return stage.pipeline
 
 

@@ -1,6 +1,6 @@
 #version 450
 // linear_w8_gemm.comp with cooperative matrices: many tokens times a w8c or w8a weight, int8 x int8 -> int32.
-// Tokens come in whole blocks of 64: what the last block has too much is computed and never read.
+// Tokens come in whole blocks: what the last block has too much is computed and never read.
 // A weight that is larger than a buffer may be comes in pieces: N rows from row FIRST on, of TOTAL.
 #define DOT8
 #extension GL_GOOGLE_include_directive : require
@@ -30,68 +30,88 @@ const uint WEIGHTS = 1;
 #include "include/matrix.glsl"
 #include "include/w8_result.glsl"
 
-shared float offsets[ROWS];    // what is missing of a row's zero point
-shared float totals[TOKENS];  // of a token's activations in this group
+const uint WORDS = ROWS * 8 / THREADS;  // of a group's weights, that a thread loads
+shared float offsets[ROWS];        // what is missing of a row's zero point
+shared float totals[2 * TOKENS];  // of a token's activations in a group
+
+uint row_of(uint tid, uint i) { return (tid >> 6) * 16u + (tid & 15u) + i / 2u * 64u; }
+uint chunk_of(uint tid, uint i) { return ((tid >> 4) & 3u) + 4u * (i & 1u); }
 
 void main() {
-  const uint tid = gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;  // 4 i .. 4 i + 3 are in one subgroup
+  const uint tid = gl_SubgroupID * gl_SubgroupSize + gl_SubgroupInvocationID;  // a token's threads are in one subgroup
   const uint groups = (K + 31u) / 32u, tiles = (N + 15u) / 16u;
   const uint n0 = gl_WorkGroupID.x * ROWS, m0 = gl_WorkGroupID.y * TOKENS;
-  // what this thread loads of the weight: two words, four chunks apart
-  const uint r = tid & 15u, chunk = (tid >> 4) & 3u, tile = min(n0 / 16u + (tid >> 6), tiles - 1u);
-  const uint to = ((tid >> 6) * 16u + r) * STRIDE + chunk, from = tile * groups * 128u + chunk * 16u + r;
 
   if (ZERO != 0u && tid < ROWS) {
     const uint row = min(n0 + tid, tiles * 16u - 1u);
     offsets[tid] = float(missing(z[row / 4u], row & 3u));
   }
-  SUMS sum[2];
-  [[unroll]] for (uint i = 0u; i < 2u; ++i) sum[i] = SUMS(0.0);
-  uvec2 word = uvec2(w0[from], w0[from + 64u]);
-  Column column = load_column(m0, tid, groups, 0u);
+  SUMS sum[TM][WN];
+  [[unroll]] for (uint i = 0u; i < TM; ++i) {
+    [[unroll]] for (uint n = 0u; n < WN; ++n) sum[i][n] = SUMS(0.0);
+  }
+  uint word[AHEAD][WORDS], from[WORDS];
+  Column column[AHEAD];
+  [[unroll]] for (uint i = 0u; i < WORDS; ++i) {
+    from[i] = min((n0 + row_of(tid, i)) / 16u, tiles - 1u) * groups * 128u + chunk_of(tid, i) * 16u + (tid & 15u);
+  }
+#define LOAD(ahead, g)                                                                          \
+  {                                                                                             \
+    [[unroll]] for (uint i = 0u; i < WORDS; ++i) word[ahead][i] = w0[from[i] + (g) * 128u]; \
+    column[ahead] = load_column(m0, tid, groups, g);                                           \
+  }
+  [[unroll]] for (uint ahead = 0u; ahead < AHEAD; ++ahead) LOAD(ahead, min(ahead, groups - 1u))
 
-  for (uint g = 0u; g < groups; ++g) {
-    rows[to] = uint(signed_bytes_of(word.x));
-    rows[to + 4u] = uint(signed_bytes_of(word.y));
-    store_column(tid, column);
-    if (ZERO != 0u) {
-      int total = dot4(ONES, int(column.x[0])) + dot4(ONES, int(column.x[1]));
-      total += subgroupShuffleXor(total, 1u);
-      total += subgroupShuffleXor(total, 2u);
-      totals[tid >> 2] = float(total);
-    }
-    barrier();
-
-    if (g + 1u < groups) {
-      const uint next = from + (g + 1u) * 128u;
-      word = uvec2(w0[next], w0[next + 64u]);
-      column = load_column(m0, tid, groups, g + 1u);
-    }
-
-    DOTS dots[WEIGHTS][2];
-    products(dots);
-    [[unroll]] for (uint i = 0u; i < 2u; ++i) {
-      SUMS exact = SUMS(dots[0][i]), of_tokens;
-      if (ZERO != 0u) {  // integers below 2^24 all of them
-        SUMS offset, total;
-        LOAD_OF_ROWS(offset, offsets, 0u);
-        LOAD_OF_TOKENS(total, totals, i);
-        exact += offset * total;
+  for (uint first = 0u; first < groups; first += AHEAD) {
+    [[unroll]] for (uint ahead = 0u; ahead < AHEAD; ++ahead) {
+      const uint g = first + ahead, stage = (g & 1u) * STAGE;
+      if (g >= groups) break;
+      [[unroll]] for (uint i = 0u; i < WORDS; ++i) {
+        pool[stage + row_of(tid, i) * STRIDE + chunk_of(tid, i)] = uint(signed_bytes_of(word[ahead][i]));
       }
-      LOAD_OF_TOKENS(of_tokens, column_scales, i);
-      sum[i] += exact * of_tokens;
+      store_column(stage, tid, column[ahead]);
+      if (ZERO != 0u) {
+        int total = 0;
+        [[unroll]] for (uint i = 0u; i < COLUMN_WORDS; ++i) total += dot4(ONES, int(column[ahead].x[i]));
+        [[unroll]] for (uint mask = 1u; mask < 8u / COLUMN_WORDS; mask <<= 1) total += subgroupShuffleXor(total, mask);
+        totals[stage / STAGE * TOKENS + tid * COLUMN_WORDS / 8u] = float(total);
+      }
+      barrier();  // the group is there, and nobody reads the one before the last any more
+      if (g + AHEAD < groups) LOAD(ahead, g + AHEAD)
+
+      [[unroll]] for (uint slice = 0u; slice < TM; slice += 2u) {
+        DOTS dots[2][WN];
+        products(stage, slice, dots);
+        [[unroll]] for (uint i = 0u; i < 2u; ++i) {
+          SUMS of_tokens, total;
+          LOAD_OF_TOKENS(of_tokens, column_scales, stage, slice + i);
+          if (ZERO != 0u) LOAD_OF_TOKENS(total, totals, stage, slice + i);
+          [[unroll]] for (uint n = 0u; n < WN; ++n) {
+            SUMS exact = SUMS(dots[i][n]);
+            if (ZERO != 0u) {  // integers below 2^24 all of them
+              SUMS offset;
+              coopMatLoad(offset, offsets, first_row(n), 0u, BY_ROW);
+              exact += offset * total;
+            }
+            sum[slice + i][n] += exact * of_tokens;
+          }
+        }
+      }
     }
-    barrier();
   }
 
-  [[unroll]] for (uint i = 0u; i < 2u; ++i) store_results(sum[i], i);
-  barrier();
-  const uint quad = 4u * (tid & 15u), row = n0 + quad;
-  if (row >= tiles * 16u) return;
-  const Finish f = finish_of(row);
-  for (uint token = tid >> 4; token < TOKENS; token += THREADS / 16u) {
-    vec4 own;
-    [[unroll]] for (uint j = 0u; j < 4u; ++j) own[j] = results[token * RESULTS + quad + j];
-    write_rows(m0 + token, row, own, f);
+  const uint quads = ROWS / 4u, quad = 4u * (tid % quads), row = n0 + quad;
+  Finish f;
+  if (row < tiles * 16u) f = finish_of(row);
+  [[unroll]] for (uint i = 0u; i < TM; ++i) {
+    barrier();
+    [[unroll]] for (uint n = 0u; n < WN; ++n) store_results(sum[i][n], n);
+    barrier();
+    if (row >= tiles * 16u) continue;
+    for (uint token = tid / quads; token < SLICE; token += THREADS / quads) {
+      vec4 own;
+      [[unroll]] for (uint j = 0u; j < 4u; ++j) own[j] = result(token * RESULTS + quad + j);
+      write_rows(m0 + i * SLICE + token, row, own, f);
+    }
   }
 }

@@ -1,6 +1,9 @@
-// A product of 64 rows x 64 tokens by 256 threads with cooperative matrices, one group of 32 columns at a time through
-// shared memory. Each subgroup has two matrices of MT tokens x NT rows. Before it: WEIGHTS (how many weights share the
+// A product of ROWS rows x TOKENS tokens by 256 threads with cooperative matrices, one group of 32 columns at a time
+// through shared memory, where the next group is written while one is multiplied. Threads load AHEAD groups early: a
+// load takes as long as 2 to 4 groups where a core has one workgroup. Before it: WEIGHTS (how many weights share the
 // tokens), `a` and `a_scale`.
+//   LARGE: 128 tokens x 128 rows (64 of each of two weights); else 64 x 64: few tokens, or too few rows for all cores
+// A subgroup has TM matrices of MT tokens x WN of NT rows; matrix i of all subgroups has the tokens of slice i.
 // The layout of a matrix over the threads is the driver's secret, so that a scale that depends on the row or the token is
 // a matrix, too: loaded with stride 0, each of its columns or rows is the same. Elements are multiplied pair by pair.
 #extension GL_KHR_cooperative_matrix : require
@@ -11,9 +14,17 @@
 layout(constant_id = 9) const uint MT = 16;   // tokens
 layout(constant_id = 10) const uint NT = 16;  // rows
 layout(constant_id = 11) const uint KT = 16;  // columns
-const uint ROWS = 64, TOKENS = 64, THREADS = 256, COLUMNS = 32;
+layout(constant_id = 12) const uint AHEAD = 4;
+#ifdef LARGE
+const uint TOKENS = 128, TM = 4, ROWS = 128 / WEIGHTS, TN = 2 / WEIGHTS;
+#else
+const uint TOKENS = 64, TM = 2, ROWS = 64, TN = 1;
+#endif
+const uint WN = WEIGHTS * TN, THREADS = 256, COLUMNS = 32, SLICE = TOKENS / TM;
 const uint STRIDE = 12;  // words between rows of a group: matrices begin at 16 bytes, 8 rows lie in different banks
-const uint RESULTS = 68;  // floats between tokens of the results, likewise
+const uint COLUMN_WORDS = TOKENS * 8 / THREADS;  // of a group, that a thread loads
+const uint TOKENS_AT = WEIGHTS * ROWS * STRIDE, STAGE = TOKENS_AT + TOKENS * STRIDE;
+const uint RESULTS = ROWS + 4;  // floats between tokens of the results, likewise
 
 #define X coopmat<int8_t, gl_ScopeSubgroup, MT, KT, gl_MatrixUseA>
 #define W coopmat<int8_t, gl_ScopeSubgroup, KT, NT, gl_MatrixUseB>
@@ -21,53 +32,56 @@ const uint RESULTS = 68;  // floats between tokens of the results, likewise
 #define SUMS coopmat<float, gl_ScopeSubgroup, MT, NT, gl_MatrixUseAccumulator>
 const int BY_ROW = gl_CooperativeMatrixLayoutRowMajor, BY_COLUMN = gl_CooperativeMatrixLayoutColumnMajor;
 
-shared uint rows[WEIGHTS * ROWS * STRIDE];
-shared uint columns[TOKENS * STRIDE];
-shared float column_scales[TOKENS];
-shared float results[TOKENS * RESULTS];
+shared uint pool[2 * STAGE];  // rows and tokens of two groups; at the end floats, [SLICE][RESULTS]
+shared float column_scales[2 * TOKENS];
 
-// Where this subgroup's matrices begin.
-uint first_row() { return gl_SubgroupID % (ROWS / NT) * NT; }
-uint first_token() { return gl_SubgroupID / (ROWS / NT) * 2u * MT; }
+// Where this subgroup's matrices begin: of rows number n (in one weight), of tokens in a slice.
+uint first_row(uint n) { return (gl_SubgroupID % (ROWS / (TN * NT)) * TN + n) * NT; }
+uint first_token() { return gl_SubgroupID / (ROWS / (TN * NT)) * MT; }
 
-struct Column {  // what a thread loads of the activations: two words of a token
-  uint x[2];
+struct Column {  // what a thread loads of the activations: words of one token
+  uint x[COLUMN_WORDS];
   float scale;
 };
 
 Column load_column(uint m0, uint tid, uint groups, uint g) {
-  const uint from = ((m0 + (tid >> 2)) * groups + g) * 8u + 2u * (tid & 3u);
-  return Column(uint[2](a[from], a[from + 1u]), a_scale[(m0 + (tid & (TOKENS - 1u))) * groups + g]);
+  Column c;
+  const uint word = tid * COLUMN_WORDS, from = ((m0 + word / 8u) * groups + g) * 8u + (word & 7u);
+  [[unroll]] for (uint i = 0u; i < COLUMN_WORDS; ++i) c.x[i] = a[from + i];
+  c.scale = a_scale[(m0 + tid % TOKENS) * groups + g];
+  return c;
 }
 
-void store_column(uint tid, Column c) {
-  const uint to = (tid >> 2) * STRIDE + 2u * (tid & 3u);
-  columns[to] = c.x[0];
-  columns[to + 1u] = c.x[1];
-  if (tid < TOKENS) column_scales[tid] = c.scale;
+// `stage`: 0 or STAGE.
+void store_column(uint stage, uint tid, Column c) {
+  const uint word = tid * COLUMN_WORDS, to = stage + TOKENS_AT + word / 8u * STRIDE + (word & 7u);
+  [[unroll]] for (uint i = 0u; i < COLUMN_WORDS; ++i) pool[to + i] = c.x[i];
+  if (tid < TOKENS) column_scales[stage / STAGE * TOKENS + tid] = c.scale;
 }
 
-// Sums of one group.
-void products(out DOTS dots[WEIGHTS][2]) {
-  [[unroll]] for (uint w = 0u; w < WEIGHTS; ++w) {
-    [[unroll]] for (uint i = 0u; i < 2u; ++i) dots[w][i] = DOTS(0);
+// Sums of one group, of the tokens of slices `slice` and `slice` + 1.
+void products(uint stage, uint slice, out DOTS dots[2][WN]) {
+  [[unroll]] for (uint n = 0u; n < WN; ++n) {
+    [[unroll]] for (uint i = 0u; i < 2u; ++i) dots[i][n] = DOTS(0);
   }
   [[unroll]] for (uint k = 0u; k < COLUMNS; k += KT) {
     X x[2];
     [[unroll]] for (uint i = 0u; i < 2u; ++i) {
-      coopMatLoad(x[i], columns, (first_token() + i * MT) * STRIDE + k / 4u, STRIDE, BY_ROW);
+      const uint token = (slice + i) * SLICE + first_token();
+      coopMatLoad(x[i], pool, stage + TOKENS_AT + token * STRIDE + k / 4u, STRIDE, BY_ROW);
     }
-    [[unroll]] for (uint w = 0u; w < WEIGHTS; ++w) {
+    [[unroll]] for (uint n = 0u; n < WN; ++n) {
       W v;
-      coopMatLoad(v, rows, (w * ROWS + first_row()) * STRIDE + k / 4u, STRIDE, BY_COLUMN);
-      [[unroll]] for (uint i = 0u; i < 2u; ++i) dots[w][i] = coopMatMulAdd(x[i], v, dots[w][i]);
+      coopMatLoad(v, pool, stage + (n / TN * ROWS + first_row(n % TN)) * STRIDE + k / 4u, STRIDE, BY_COLUMN);
+      [[unroll]] for (uint i = 0u; i < 2u; ++i) dots[i][n] = coopMatMulAdd(x[i], v, dots[i][n]);
     }
   }
 }
 
-#define LOAD_OF_TOKENS(to, from, i) coopMatLoad(to, from, first_token() + (i)*MT, 0u, BY_COLUMN)
-#define LOAD_OF_ROWS(to, from, w) coopMatLoad(to, from, (w)*ROWS + first_row(), 0u, BY_ROW)
+#define LOAD_OF_TOKENS(to, from, stage, slice) \
+  coopMatLoad(to, from, (stage) / STAGE * TOKENS + (slice)*SLICE + first_token(), 0u, BY_COLUMN)
 
-void store_results(SUMS sum, uint i) {
-  coopMatStore(sum, results, (first_token() + i * MT) * RESULTS + first_row(), RESULTS, BY_ROW);
+void store_results(SUMS sum, uint n) {
+  coopMatStore(sum, pool, first_token() * RESULTS + first_row(n), RESULTS, BY_ROW);
 }
+float result(uint i) { return uintBitsToFloat(pool[i]); }

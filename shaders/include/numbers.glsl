@@ -43,6 +43,19 @@ uint size_of(float x) { return floatBitsToUint(x) & 0x7FFFFFFFu; }
 
 const float TINY = 1e-36;  // below, 127 / amax would overflow: such a group counts as zero
 
+// The upper half of a float's digits: the rest is exact, and so are products of halves.
+float upper(float x) { return uintBitsToFloat(floatBitsToUint(x) & 0xFFFFF000u); }
+
+// a / b as IEEE rounds it, as on the CPU: a driver's division may be 2.5 units off, and a tie between two int8 values
+// (frequent in 16-bit activations without a norm) would then be rounded the other way. What is missing of a is computed
+// without a fused multiply-add, which not every driver has.
+float quotient(float a, float b) {
+  const float q = a / b, q1 = upper(q), b1 = upper(b), q2 = q - q1, b2 = b - b1;
+  precise const float rest = (((a - q1 * b1) - q1 * b2) - q2 * b1) - q2 * b2;
+  precise const float result = q + rest / b;
+  return result;
+}
+
 struct Scale {
   float inverse, scale;
 };
@@ -51,7 +64,7 @@ struct Scale {
 Scale scale_of(uint largest) {
   const float amax = uintBitsToFloat(largest);
   if (largest < floatBitsToUint(TINY)) return Scale(0.0, 0.0);
-  return Scale(127.0 / amax, amax / 127.0);
+  return Scale(quotient(127.0, amax), quotient(amax, 127.0));
 }
 
 // Four values -> four signed bytes, round half to even.

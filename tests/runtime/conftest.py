@@ -1,4 +1,4 @@
-"""Software Vulkan drivers, and devices opened on them, for the tests of regions."""
+"""Vulkan drivers, and devices opened on them, for the tests of regions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.runtime import drivers
 
 
-@pytest.fixture(scope="module", params=list(drivers.DRIVERS))
+@pytest.fixture(scope="module", params=drivers.NAMES)
 def physical(request: Any) -> Any:
     return drivers.physical(request.param)
 

@@ -1,6 +1,7 @@
 """The software Vulkan drivers that tests run on, and what is missing where there is none.
 
-Both are programs on the CPU: they show that results are right, never how fast a GPU is.
+Both are programs on the CPU: they show that results are right, never how fast a GPU is. `UNICORN_TEST_GPU=780M pytest
+tests/runtime` runs the tests of results, memory, failures and leaks on that GPU instead: part of its name.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ DRIVERS = {  # name of the device -> where its driver's description may be, and 
         "apt-get download chromium-common && dpkg -x chromium-common*.deb build/swiftshader",
     ),
 }
+
+GPU = os.environ.get("UNICORN_TEST_GPU", "")
+NAMES = [GPU] if GPU else list(DRIVERS)
 
 
 def description(name: str) -> str:
@@ -53,6 +57,8 @@ def only(path: str) -> dict[str, str]:
 
 def pin_drivers() -> None:
     """Make this process see the software drivers and no others: stray drivers break enumeration."""
+    if GPU:
+        return
     from unicorn_backend.runtime.vulkan import physical
 
     found = [path for paths, _ in DRIVERS.values() for path in paths if Path(path).is_file()]
@@ -68,7 +74,10 @@ def physical(name: str) -> Any:
     pytest.importorskip(
         "vulkan", reason="no Python package 'vulkan' (pip install vulkan)", exc_type=(ImportError, OSError)
     )
-    description(name)
+    if not GPU:
+        description(name)
+    elif name != GPU:
+        pytest.skip(f"of {name}, and {GPU} is tested")
     pin_drivers()
     from unicorn_backend.runtime.vulkan.physical import choose, devices
 

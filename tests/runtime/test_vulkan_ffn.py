@@ -1,4 +1,4 @@
-"""`int4_ffn` on software Vulkan drivers, stage by stage with derived bounds, in every variant.
+"""`int4_ffn` on Vulkan drivers, stage by stage with derived bounds, in every variant.
 
 Each stage is compared with exact arithmetic on what the stage before it really wrote, so that an int8 value that was
 rounded the other way (within the error of its fp32 input) does not blur the next stage's bound.
@@ -55,11 +55,17 @@ def run(device: Any, args: tuple[Any, ...]) -> Tensor:
     return y
 
 
-def read(buffer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """What is in a device buffer: software drivers have all memory in the CPU's reach."""
-    assert buffer.address
-    out = torch.empty(shape, dtype=dtype)
-    ctypes.memmove(out.data_ptr(), buffer.address, out.nbytes)
+def read(device: Any, buffer: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What is in a device buffer, which a discrete GPU may have out of the CPU's reach."""
+    from unicorn_backend.runtime.vulkan.logical import DOWNLOAD
+
+    out, logical = torch.empty(shape, dtype=dtype), device._device
+    seen = logical.buffer(out.nbytes, DOWNLOAD)
+    copy = logical.record_copy(buffer, seen, out.nbytes)
+    logical.run(copy)
+    ctypes.memmove(out.data_ptr(), seen.address, out.nbytes)
+    logical.forget(copy)
+    logical.free(seen)
     return out
 
 
@@ -93,8 +99,14 @@ def check(device: Any, args: tuple[Any, ...]) -> None:
 
     kernels = device.kernels(ffn.Call(*args).shape)
     gk, gf = -(-k // GROUP), -(-f // GROUP)
-    a, a_scale = read(kernels._a, (m, gk, GROUP), torch.int8), read(kernels._a_scale, (m, gk), torch.float32)
-    p, p_scale = read(kernels._p, (m, gf, GROUP), torch.int8), read(kernels._p_scale, (m, gf), torch.float32)
+    a, a_scale = (
+        read(device, kernels._a, (m, gk, GROUP), torch.int8),
+        read(device, kernels._a_scale, (m, gk), torch.float32),
+    )
+    p, p_scale = (
+        read(device, kernels._p, (m, gf, GROUP), torch.int8),
+        read(device, kernels._p_scale, (m, gf), torch.float32),
+    )
 
     h = reference.normed(x.double(), pre, eps, offset)
     check_quantized(a, a_scale, h, h.abs() * ((k / 256 + 16) * EPS))  # k / 256 squares per thread, then a tree

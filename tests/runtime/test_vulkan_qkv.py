@@ -1,4 +1,4 @@
-"""`int8_qkv` on software Vulkan drivers, stage by stage with derived bounds."""
+"""`int8_qkv` on Vulkan drivers, stage by stage with derived bounds."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def check(device: Any, args: tuple[Any, ...]) -> None:
     kernels = device.kernels(call.shape)
     b, t, k = call.x.shape
     groups, d = -(-k // GROUP), call.head_dim
-    a = read(kernels._a, (b * t, groups, GROUP), torch.int8)
-    a_scale = read(kernels._a_scale, (b * t, groups), torch.float32)
+    a = read(device, kernels._a, (b * t, groups, GROUP), torch.int8)
+    a_scale = read(device, kernels._a_scale, (b * t, groups), torch.float32)
     h = reference.normed(call.x.double().flatten(0, 1), call.norm_w, call.norm_eps, call.norm_offset)
     check_quantized(a, a_scale, h, h.abs() * ((k / 256 + 16) * EPS))
 

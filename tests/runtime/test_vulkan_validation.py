@@ -84,7 +84,8 @@ def test_gfx1103(tmp_path: Path) -> None:
         build = next(b for b in ("matrix", "dot8", "int", "norm", "heads") if b in name.replace("_", " ").split())
         if build != "int" or same:  # which gfx1103 does not run; they spill with an older Mesa
             assert facts["spilled_vgprs"] == facts["spilled_sgprs"] == facts["scratch_"] == 0, name
-        assert facts["vgprs"] <= (256 if build == "int" else 128), name
+        most = 160 if build == "matrix" else 128
+        assert facts["vgprs"] <= (256 if build == "int" or name.endswith("large") else most), name
         assert facts["lds_bytes"] <= (28 if build == "matrix" else 16) << 10, name
         assert (facts["v_wmma"] > 0) == (build == "matrix"), name
         assert (facts["v_dot4"] > 0) == (build == "dot8" or "w8a gemm matrix" in name), name

@@ -1,8 +1,9 @@
 """Loads and unloads of a whole model: `VK_ICD_FILENAMES=... python -m tests.runtime.vulkan_cycles 1000`.
 
-A cycle makes the embedded model cut to two layers, quantizes and compiles it for the CPU and lavapipe, generates from
-a prompt, and lets it go. Prints resident memory and the device's every 10 cycles. Resident memory grows: torch
-2.13 keeps the guards of every graph after `torch._dynamo.reset()`, 5 MB per cycle with its own backend "eager", too.
+A cycle makes the embedded model cut to two layers, quantizes and compiles it for the CPU and lavapipe (or
+`UNICORN_TEST_GPU`), generates from a prompt, and lets it go. Prints resident memory and the device's every 10 cycles.
+Resident memory grows: torch 2.13 keeps the guards of every graph after `torch._dynamo.reset()`, 5 MB per cycle with its
+own backend "eager", too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from tests.runtime import drivers
 from tests.test_compile_cache import make
 from unicorn_backend import assets, runtime
 
@@ -61,7 +63,7 @@ def cycles(device: Any, count: int, show: Callable[[str], None] = lambda line: N
 
 if __name__ == "__main__":
     assets.load_native()
-    opened = runtime.open_device("vulkan:llvmpipe")
+    opened = runtime.open_device(f"vulkan:{drivers.NAMES[0]}")
     assert not isinstance(opened, str), opened
     left = cycles(opened, int(sys.argv[1]), lambda line: print(line, flush=True))
     assert len({(one.used, one.shared, one.regions, one.tokens) for one in left[1:]}) == 1

@@ -59,7 +59,7 @@ def unsupported() -> None:
     device = VulkanDevice("vulkan", found)
     shape = ffn.Call(*arguments(13, 64, 96, 64)).shape
     variants.matrix_shape = lambda features: physical.MatrixShape(16, 16, 16)
-    device.kernels(shape).product("down", 0)
+    device.kernels(shape).pipeline("down", 0)
 
 
 def extremes(device: Any) -> None:

@@ -5,7 +5,7 @@
     AutoModelForCausalLM.from_pretrained(packed_dir)      # packed tensors, mapped from the files
 
 Imported by `autoload` while transformers imports its quantizers, so it must not import models at the
-top. Written against transformers 5.23 (`quantizers/base.py`, `core_model_loading.py`).
+top. Written against transformers 5.24 (`quantizers/base.py`, `core_model_loading.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.core_model_loading import apply_renamings
+from transformers.core_model_loading import rename_source_key
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -100,7 +100,7 @@ class UnicornQuantizer(HfQuantizer):
         self.quantization_config.recipe = self.recipe.fitted(model)
         stored = check_files(checkpoint_files or []) if self.pre_quantized else {}
         renamings = conversions(model)[0]  # a Mixtral's experts are in the file under another name
-        packed = {apply_renamings(name, renamings).removesuffix(".weight_packed") for name in stored}
+        packed = {rename_source_key(name, renamings, [])[0].removesuffix(".weight_packed") for name in stored}
         for module in experts.find_experts(model, lambda name, _: self.recipe.name if name in packed else None):
             experts.stack(module)
         self._jobs, _left = rewrite.plan(model, self.recipe, getattr(model, "all_tied_weights_keys", None))

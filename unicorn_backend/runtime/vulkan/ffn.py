@@ -1,7 +1,7 @@
 """`unicorn::int4_ffn` on a Vulkan device: four dispatches in one pre-recorded command buffer, one submit per call.
 
 norm_quant   x -> RMS norm -> int8 activations           one workgroup per token
-gate_up      -> act(gate) * up -> int8 activations       rows / 32 (GEMV) or rows / 64 x tokens / 64 (GEMM)
+gate_up      -> act(gate) * up -> int8 activations       rows / 32 (GEMV), or blocks of rows x tokens (GEMM)
 down         -> fp32 sums
 norm_add     -> post norm, residual, rounding            one workgroup per token
 """
@@ -16,8 +16,8 @@ from torch import Tensor
 
 from unicorn_backend.ops import ACTIVATIONS
 from unicorn_backend.runtime.vulkan.kernels import (
-    BLOCK,
     Kernels,
+    Product,
     Stage,
     Weights,
     item_bytes,
@@ -28,8 +28,6 @@ from unicorn_backend.runtime.vulkan.kernels import (
 )
 from unicorn_backend.runtime.vulkan.logical import UPLOAD, Buffer, LogicalDevice
 from unicorn_backend.runtime.vulkan.variants import Variant
-
-GATE_UP_THREADS, DOWN_THREADS = 128, 256
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class FfnKernels(Kernels):
         self._p, self._p_scale = self.activations(shape.f)
         self._y = self.buffer(tokens * -(-shape.n // 16) * 16 * 4)
 
-    def stages(self, weights: Weights, tokens: int) -> list[Stage]:
+    def stages(self, weights: Weights, bucket: int) -> list[Stage]:
         shape, residual = self.shape, int(self.shape.residual != "none")
         (gate,), (up,), (down,) = weights.lists
         pre, post = weights.floats
@@ -144,25 +142,29 @@ class FfnKernels(Kernels):
         return [
             self.quantize_input(shape.k, shape.pre_eps, pre),
             Stage(
-                self.product("gate_up", tokens),
+                self.pipeline("gate_up", bucket),
                 ((0, w0), (1, s0), (2, w1), (3, s1), *a, (6, self._p), (7, self._p_scale)),
             ),
-            Stage(self.product("down", tokens), ((0, w2), (1, s2), *p, (6, self._y))),
+            Stage(self.pipeline("down", bucket), ((0, w2), (1, s2), *p, (6, self._y))),
             Stage(
                 self.row_pipeline("norm_add", shape.n, shape.post_eps, (5, residual), dtype=self._out),
                 ((0, self._y), (1, post), (2, self.inputs[-1]), (6, self.out)),
             ),
         ]
 
-    def grids(self, weights: Weights, tokens: int, many: bool) -> list[tuple[int, int]]:
-        f, n, blocks = self.shape.f, self.shape.n, -(-tokens // BLOCK)
-        if many:
-            return [(blocks * BLOCK, 1), (-(-f // BLOCK), blocks), (-(-n // BLOCK), blocks), (tokens, 1)]
-        return [(tokens, 1), (-(-f // 32), 1), (-(-n // 16), 1), (tokens, 1)]
+    def grids(self, weights: Weights, bucket: int, tokens: int) -> list[tuple[int, int]]:
+        products = [self.form(which, bucket).grid(n, tokens) for which, n in self._rows.items()]
+        return [(self.rows_to_quantize(bucket, tokens), 1), *products, (tokens, 1)]
 
-    def product(self, which: str, tokens: int) -> object:
+    @property
+    def _rows(self) -> dict[str, int]:
+        return {"gate_up": self.shape.f, "down": self.shape.n}
+
+    def form(self, which: str, bucket: int) -> Product:
+        return self.product(self._rows[which], bucket, 2 if which == "gate_up" else 1)
+
+    def pipeline(self, which: str, bucket: int) -> object:
         shape = self.shape
-        k, n = (shape.k, shape.f) if which == "gate_up" else (shape.f, shape.n)
-        threads = GATE_UP_THREADS if which == "gate_up" else DOWN_THREADS
-        constants = [(1, k), (2, n), (4, ACTIVATIONS.index(shape.act))]
-        return self.product_pipeline("ffn_w4g", f"{which}_", tokens, threads, constants)
+        k = shape.k if which == "gate_up" else shape.f
+        constants = [(1, k), (2, self._rows[which]), (4, ACTIVATIONS.index(shape.act))]
+        return self.product_pipeline("ffn_w4g", which, bucket, self.form(which, bucket), constants)

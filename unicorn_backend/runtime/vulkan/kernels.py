@@ -30,12 +30,18 @@ from unicorn_backend.runtime.vulkan.variants import Variant
 
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 BUCKETS = (1, 2, 4, 8)  # tokens that a GEMV is compiled for
-BLOCK = 64  # tokens and rows of a GEMM's workgroup
+BLOCK, LARGE_BLOCK = 64, 128  # tokens and rows of a GEMM's workgroup
 MAX_TOKENS = 512  # per submit: what the buffers hold
 # A submit must end long before a driver's watchdog (about 2 s on the slowest setting of amdgpu) sees it. The 780M
-# computes about 2 T multiply-adds per second with dot products: 24 G take 12 ms.
-MAX_MULTIPLY_ADDS = 24e9
+# computes about 2 T multiply-adds per second with dot products: 48 G take 24 ms.
+MAX_MULTIPLY_ADDS = 48e9
+# Threads that a GPU runs at once, about: below, more threads share the rows of a GEMV, and blocks of a GEMM are small.
+# An H100 has 132 x 2048 and is not faster beyond 160,000; a 780M 12 x 2048.
+PARALLEL = {"discrete": 160_000, "integrated": 16_000}
+GEMV_THREADS = (128, 512)  # of a workgroup, least and most; each has 32 bytes of shared memory, and 1 KB for all
 ROW_THREADS = 256
+GEMM_THREADS = 256
+GROUPS_AHEAD = 4  # that a GEMM with cooperative matrices loads before they are multiplied
 GRIDS_BYTES = 1 << 10  # of the buffer of workgroup numbers: 85 stages
 # A weight is cut between tiles whose scales and zero points (16 bytes a tile) lie on pages.
 PIECE_TILES = 256
@@ -43,7 +49,13 @@ PIECE_TILES = 256
 
 def submit_tokens(multiply_adds: int) -> int:
     """Tokens of one submit, whole blocks, where a token costs so many multiply-adds."""
-    return int(min(max(MAX_MULTIPLY_ADDS // multiply_adds // BLOCK, 1), MAX_TOKENS // BLOCK)) * BLOCK
+    fit = int(min(MAX_MULTIPLY_ADDS // multiply_adds, MAX_TOKENS))
+    return fit // LARGE_BLOCK * LARGE_BLOCK or BLOCK
+
+
+def bucket_of(tokens: int) -> int:
+    """The command buffer for so many tokens: of GEMVs, of GEMMs for one block of them (BLOCK), of others (0)."""
+    return next((bucket for bucket in (*BUCKETS, BLOCK) if tokens <= bucket), 0)
 
 
 def item_bytes(dtype: torch.dtype) -> int:
@@ -180,6 +192,17 @@ class Stage(NamedTuple):
     waits: bool = True  # for what the stage before it writes
 
 
+class Product(NamedTuple):
+    """A workgroup of a GEMV, which has all tokens of its bucket, or of a GEMM."""
+
+    rows: int  # of each weight
+    tokens: int
+    threads: int
+
+    def grid(self, n: int, tokens: int) -> tuple[int, int]:
+        return -(-n // self.rows), 1 if self.tokens == 1 else -(-tokens // self.tokens)
+
+
 class Kernels(ABC):
     """Pipelines and scratch buffers of one shape, shared by all layers that have it."""
 
@@ -198,12 +221,33 @@ class Kernels(ABC):
         self._grids = self.buffer(GRIDS_BYTES, UPLOAD)
 
     @abstractmethod
-    def stages(self, weights: Weights, tokens: int) -> list[Stage]:
-        """For a bucket of tokens; for 0 through GEMMs."""
+    def stages(self, weights: Weights, bucket: int) -> list[Stage]:
+        """See `bucket_of`."""
 
     @abstractmethod
-    def grids(self, weights: Weights, tokens: int, many: bool) -> list[tuple[int, int]]:
-        """Workgroups in x and y of each stage; `many`: of GEMMs."""
+    def grids(self, weights: Weights, bucket: int, tokens: int) -> list[tuple[int, int]]:
+        """Workgroups in x and y of each stage."""
+
+    def product(self, n: int, bucket: int, weights: int = 1) -> Product:
+        """How `n` rows of each of so many weights are multiplied."""
+        many = PARALLEL.get(self.device.physical.kind, 0)
+        if bucket in BUCKETS:
+            groups, (threads, most), features = -(-n // (ROWS * weights)), GEMV_THREADS, self.device.physical.features
+            most = min(most, features.threads, (features.shared_bytes - 1024) // 32)
+            while 2 * threads <= most and groups * threads < many:
+                threads *= 2
+            return Product(ROWS * weights, 1, threads)
+        tokens = self.shape.max_tokens
+        large = Product(LARGE_BLOCK // weights, LARGE_BLOCK, GEMM_THREADS)
+        fits = self.variant.matrix and bucket != BLOCK and tokens % LARGE_BLOCK == 0
+        if fits and -(-n // large.rows) * (tokens // LARGE_BLOCK) * GEMM_THREADS >= many // 4:
+            return large
+        return Product(BLOCK, BLOCK, GEMM_THREADS)
+
+    def rows_to_quantize(self, bucket: int, tokens: int) -> int:
+        """GEMMs read whole blocks of tokens."""
+        block = 1 if bucket in BUCKETS else BLOCK if self.shape.max_tokens % LARGE_BLOCK else LARGE_BLOCK
+        return -(-tokens // block) * block
 
     def buffer(self, size: int, wanted: Sequence[int] = DEVICE) -> Buffer:
         self._made.append(self.device.buffer(size, wanted))
@@ -223,18 +267,18 @@ class Kernels(ABC):
         for buffer in self._made:
             self.device.free(buffer)
 
-    def record(self, weights: Weights, tokens: int, clock: Any = None) -> Recorded:
-        """The op for `tokens` (a bucket) tokens; for 0 with grids that `set_grids` writes, through GEMMs."""
-        stages = self.stages(weights, tokens)
+    def record(self, weights: Weights, bucket: int, clock: Any = None) -> Recorded:
+        """The op for a bucket of tokens; GEMMs with grids that `set_grids` writes."""
+        stages = self.stages(weights, bucket)
         grids: list[tuple[int, int] | int] = [12 * i for i in range(len(stages))]
-        if tokens:
-            grids = [*self.grids(weights, tokens, False)]
+        if bucket in BUCKETS:
+            grids = [*self.grids(weights, bucket, bucket)]
         found = [Dispatch(s.pipeline, s.buffers, grid, s.waits) for s, grid in zip(stages, grids, strict=True)]
         return self.device.record(found, self._grids, clock)
 
-    def set_grids(self, weights: Weights, tokens: int) -> None:
-        """Before a command buffer that was recorded for 0 tokens runs: how many there are."""
-        numbers = [n for grid in self.grids(weights, tokens, True) for n in (*grid, 1)]
+    def set_grids(self, weights: Weights, bucket: int, tokens: int) -> None:
+        """Before a command buffer with GEMMs runs: how many tokens there are."""
+        numbers = [n for grid in self.grids(weights, bucket, tokens) for n in (*grid, 1)]
         ctypes.memmove(self._grids.address, (ctypes.c_uint32 * len(numbers))(*numbers), 4 * len(numbers))
 
     def start(self, weights: Weights, recorded: Callable[[int], Recorded], call: Call) -> Callable[[], Any]:
@@ -258,13 +302,13 @@ class Kernels(ABC):
             collect()
             first = last
             last += min(total - first, BUCKETS[-1] if total <= BUCKETS[-1] else self.shape.max_tokens)
-            bucket = next((b for b in BUCKETS if last - first <= b), 0)
-            few = bucket != 0
+            bucket = bucket_of(last - first)
+            few = bucket in BUCKETS
             for buffer, values in zip(self.inputs, rows, strict=True):
                 size = values.nbytes // total
                 ctypes.memmove(buffer.address, values.data_ptr() + first * size, (last - first) * size)
             if not few:
-                self.set_grids(weights, last - first)
+                self.set_grids(weights, bucket, last - first)
             self.device.submit(recorded(bucket))
 
         def finish() -> Any:
@@ -288,15 +332,21 @@ class Kernels(ABC):
         return self.device.pipeline(variants.code(name), constants)
 
     def product_pipeline(
-        self, name: str, which: str, tokens: int, threads: int, constants: Sequence[tuple[int, int]]
+        self, name: str, which: str, bucket: int, product: Product, constants: Sequence[tuple[int, int]]
     ) -> Any:
-        """The GEMV for a bucket of tokens, the GEMM for 0: `name` "linear_w8", `which` "gate_up_" or ""."""
+        """A GEMV or a GEMM: `name` "linear_w8", `which` "gate_up" or ""."""
         variant = self.variant
-        shape = variants.matrix_shape(self.device.physical.features) if tokens == 0 and variant.matrix else None
-        if shape is not None:
-            code = variants.code("__".join(filter(None, (f"{name}_gemm_matrix", which.rstrip("_")))))
-            return self.device.pipeline(code, [*constants, *zip((9, 10, 11), shape, strict=True)], full_subgroups=True)
-        if tokens == 0:
-            return self.device.pipeline(variants.code(f"{name}_gemm__{which}{variant.dot}"), constants)
-        code = variants.code(f"{name}_gemv__{which}{variant.dot}_{variant.sums}")
-        return self.device.pipeline(code, [(0, threads), (3, tokens), *constants], full_subgroups=variant.subgroup)
+        if bucket in BUCKETS:
+            what = "_".join(filter(None, (which, variant.dot, variant.sums)))
+            own = [(0, product.threads), (3, bucket), *constants]
+            return self.device.pipeline(variants.code(f"{name}_gemv__{what}"), own, full_subgroups=variant.subgroup)
+        shape = variants.matrix_shape(self.device.physical.features) if variant.matrix else None
+        if shape is None:
+            what = "_".join(filter(None, (which, variant.dot)))
+            return self.device.pipeline(variants.code(f"{name}_gemm__{what}"), constants)
+        what = "_".join(filter(None, (which, "large" if product.tokens == LARGE_BLOCK else "")))
+        code = variants.code("__".join(filter(None, (f"{name}_gemm_matrix", what))))
+        # A program compiles what is unrolled for minutes.
+        ahead = 1 if self.device.physical.kind == "software" else GROUPS_AHEAD
+        own = [*constants, *zip((9, 10, 11), shape, strict=True), (12, ahead)]
+        return self.device.pipeline(code, own, full_subgroups=True)

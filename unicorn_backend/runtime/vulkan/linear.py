@@ -15,7 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from unicorn_backend.layouts import ROWS
 from unicorn_backend.runtime.vulkan.kernels import (
     BLOCK,
     BUCKETS,
@@ -33,7 +32,6 @@ from unicorn_backend.runtime.vulkan.logical import UPLOAD, Buffer, LogicalDevice
 from unicorn_backend.runtime.vulkan.variants import Variant
 
 SCHEMES = ("w8c", "w8a")
-THREADS = 128
 OUT_BYTES = 64 << 20  # of results per submit: a prompt's logits come in pieces, and no more is allocated
 
 
@@ -108,18 +106,17 @@ class LinearKernels(Kernels):
         self.inputs = [self.buffer(shape.max_tokens * shape.k * item_bytes(shape.dtype), UPLOAD)]
         self._a, self._a_scale = self.activations(shape.k)
 
-    def stages(self, weights: Weights, tokens: int) -> list[Stage]:
+    def stages(self, weights: Weights, bucket: int) -> list[Stage]:
         (bias,) = weights.floats
         (pieces,) = weights.lists
         shape, bound = self.shape, ((3, bias), (4, self._a), (5, self._a_scale), (6, self.out))
         target = Target(TYPES[shape.dtype], shape.bias, 0, shape.n)
         quantize = self.quantize_input(shape.k, None, bias)
-        return [quantize, *product_stages(self, pieces, bound, (shape.k, shape.n), target, tokens)]
+        return [quantize, *product_stages(self, pieces, bound, (shape.k, shape.n), target, bucket)]
 
-    def grids(self, weights: Weights, tokens: int, many: bool) -> list[tuple[int, int]]:
+    def grids(self, weights: Weights, bucket: int, tokens: int) -> list[tuple[int, int]]:
         (pieces,) = weights.lists
-        blocks = -(-tokens // BLOCK)
-        return [(blocks * BLOCK if many else tokens, 1), *product_grids(pieces, blocks if many else 0)]
+        return [(self.rows_to_quantize(bucket, tokens), 1), *product_grids(self, pieces, bucket, tokens)]
 
 
 class Target(NamedTuple):
@@ -137,7 +134,7 @@ def product_stages(
     bound: tuple[tuple[int, Buffer], ...],
     size: tuple[int, int],
     target: Target,
-    tokens: int,
+    bucket: int,
 ) -> list[Stage]:
     """A stage for each piece of a `w8c` or `w8a` weight of `size` (K, N). `bound`: buffers 3 to 6."""
     k, n = size
@@ -153,13 +150,11 @@ def product_stages(
             (7, target.first + piece.first),
             (8, target.total),
         ]
-        pipeline = kernels.product_pipeline("linear_w8", "", tokens, THREADS, constants)
+        pipeline = kernels.product_pipeline("linear_w8", "", bucket, kernels.product(piece.rows, bucket), constants)
         stages.append(Stage(pipeline, ((0, w), (1, s), (2, z[0] if z else s), *bound), number == 0))
     return stages
 
 
-def product_grids(pieces: Sequence[Piece], blocks: int) -> list[tuple[int, int]]:
-    """Workgroups for each piece; `blocks` of tokens through the GEMM, 0 for the GEMV."""
-    if blocks:
-        return [(-(-piece.rows // BLOCK), blocks) for piece in pieces]
-    return [(piece.rows // ROWS, 1) for piece in pieces]
+def product_grids(kernels: Kernels, pieces: Sequence[Piece], bucket: int, tokens: int) -> list[tuple[int, int]]:
+    """Workgroups for each piece."""
+    return [kernels.product(piece.rows, bucket).grid(piece.rows, tokens) for piece in pieces]

@@ -51,6 +51,7 @@ class Features:
     subgroup_size: int  # the one that shaders are compiled for
     size_control: bool  # a pipeline may ask for a subgroup size, and for full subgroups
     matrices: tuple[MatrixShape, ...]  # int8 x int8 -> int32 that a subgroup multiplies
+    threads: int  # that a workgroup may have
     shared_bytes: int  # of a workgroup
     import_alignment: int  # of host memory that the device can read in place; 0: it cannot
     max_buffer_bytes: int  # that a shader may read of one buffer, and that one allocation may have
@@ -162,6 +163,7 @@ def _describe(handle: Any) -> PhysicalDevice:
         subgroup_size=_subgroup_size(subgroup.subgroupSize, sizes if can_size else None),
         size_control=can_size,
         matrices=_matrices(handle) if "VK_KHR_cooperative_matrix" in available else (),
+        threads=int(limits.maxComputeWorkGroupInvocations),
         shared_bytes=int(limits.maxComputeSharedMemorySize),
         import_alignment=int(imports.minImportedHostPointerAlignment),
         max_buffer_bytes=min(int(limits.maxStorageBufferRange), int(allocation.maxMemoryAllocationSize)),

@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from unicorn_backend.runtime.vulkan.kernels import (
-    BLOCK,
     TYPES,
     Kernels,
     Stage,
@@ -156,7 +155,7 @@ class QkvKernels(Kernels):
         self._a, self._a_scale = self.activations(shape.k)
         self._y = self.buffer(tokens * shape.width * 4)
 
-    def stages(self, weights: Weights, tokens: int) -> list[Stage]:
+    def stages(self, weights: Weights, bucket: int) -> list[Stage]:
         shape = self.shape
         pre, scales, bias = weights.floats
         stages = [self.quantize_input(shape.k, shape.pre_eps, pre)]
@@ -165,16 +164,15 @@ class QkvKernels(Kernels):
         for pieces, heads in zip(weights.lists, shape.each, strict=True):
             n = heads * shape.head_dim
             target = Target(TYPES[torch.float32], shape.bias, first, shape.width)
-            found = product_stages(self, pieces, bound, (shape.k, n), target, tokens)
+            found = product_stages(self, pieces, bound, (shape.k, n), target, bucket)
             stages += [s._replace(waits=s.waits and first == 0) for s in found]
             first += n
         cos, sin = self.inputs[1:] or (self._y, self._y)  # something must be bound
         return [*stages, Stage(self.heads(), ((0, self._y), (1, scales), (2, cos), (3, sin), (6, self.out)))]
 
-    def grids(self, weights: Weights, tokens: int, many: bool) -> list[tuple[int, int]]:
-        blocks = -(-tokens // BLOCK)
-        products = [grid for pieces in weights.lists for grid in product_grids(pieces, blocks if many else 0)]
-        return [(blocks * BLOCK if many else tokens, 1), *products, (sum(self.shape.each), tokens)]
+    def grids(self, weights: Weights, bucket: int, tokens: int) -> list[tuple[int, int]]:
+        products = [grid for pieces in weights.lists for grid in product_grids(self, pieces, bucket, tokens)]
+        return [(self.rows_to_quantize(bucket, tokens), 1), *products, (sum(self.shape.each), tokens)]
 
     def heads(self) -> object:
         shape = self.shape

@@ -10,8 +10,8 @@ from pathlib import Path
 from unicorn_backend.layouts import GROUP, ROWS
 from unicorn_backend.runtime.vulkan.physical import Features, MatrixShape
 
-# shaders/include/matrix.glsl: rows and tokens of a workgroup, its threads, what it shares with `GATE_UP`
-MATRIX_BLOCK, MATRIX_THREADS, MATRIX_SHARED_BYTES = 64, 256, 4 * (3 * 64 * 12 + 3 * 64 + 64 * 68)
+# shaders/include/matrix.glsl: rows and tokens of a small workgroup, its threads, what a large one shares at most
+MATRIX_BLOCK, MATRIX_THREADS, MATRIX_SHARED_BYTES = 64, 256, 4 * (2 * 256 * 12 + 2 * 128 + 128 + 2 * 128)
 SPIRV = Path(__file__).parent / "spirv"  # built by shaders/build.py
 
 
