@@ -65,45 +65,42 @@ void main() {
   [[unroll]] for (uint i = 0u; i < TM; ++i) {
     [[unroll]] for (uint n = 0u; n < WN; ++n) sum[i][n] = SUMS(0.0);
   }
-  Word word[AHEAD][WORDS];
-  Column column[AHEAD];
+  Word word[WORDS];
   uint from[WORDS];  // first group of the row's tile
-  [[unroll]] for (uint i = 0u; i < WORDS; ++i) from[i] = min((n0 + row_of(tid, i)) / 16u, tiles - 1u) * groups;
-#define LOAD(ahead, g)                                                                                              \
-  {                                                                                                                 \
-    [[unroll]] for (uint i = 0u; i < WORDS; ++i) word[ahead][i] = load_word(weight_of(i), from[i] + g, chunk, r); \
-    column[ahead] = load_column(m0, tid, groups, g);                                                               \
+  [[unroll]] for (uint i = 0u; i < WORDS; ++i) {
+    from[i] = min((n0 + row_of(tid, i)) / 16u, tiles - 1u) * groups;
+    word[i] = load_word(weight_of(i), from[i], chunk, r);
   }
-  [[unroll]] for (uint ahead = 0u; ahead < AHEAD; ++ahead) LOAD(ahead, min(ahead, groups - 1u))
+  Column column = load_column(m0, tid, groups, 0u);
 
-  for (uint first = 0u; first < groups; first += AHEAD) {
-    [[unroll]] for (uint ahead = 0u; ahead < AHEAD; ++ahead) {
-      const uint g = first + ahead, stage = (g & 1u) * STAGE;
-      if (g >= groups) break;
-      [[unroll]] for (uint i = 0u; i < WORDS; ++i) {
-        store_word(stage, weight_of(i), row_of(tid, i), chunk, word[ahead][i]);
-      }
-      store_column(stage, tid, column[ahead]);
-      barrier();  // the group is there, and nobody reads the one before the last any more
-      if (g + AHEAD < groups) LOAD(ahead, g + AHEAD)
+  uint stage = 0u;
+  for (uint g = 0u; g < groups; ++g) {
+    [[unroll]] for (uint i = 0u; i < WORDS; ++i) store_word(stage, weight_of(i), row_of(tid, i), chunk, word[i]);
+    store_column(stage, tid, column);
+    barrier();  // the group is there, and nobody reads the one before the last any more
 
-      SUMS of_rows[WN];
-      [[unroll]] for (uint n = 0u; n < WN; ++n) {
-        const uint row = n / TN * ROWS + first_row(n % TN);
-        coopMatLoad(of_rows[n], row_scales, stage / STAGE * WEIGHTS * ROWS + row, 0u, BY_ROW);
-      }
-      [[unroll]] for (uint slice = 0u; slice < TM; slice += 2u) {
-        DOTS dots[2][WN];
-        products(stage, slice, dots);
-        [[unroll]] for (uint i = 0u; i < 2u; ++i) {
-          SUMS of_tokens;
-          LOAD_OF_TOKENS(of_tokens, column_scales, stage, slice + i);
-          [[unroll]] for (uint n = 0u; n < WN; ++n) {
-            sum[slice + i][n] += SUMS(dots[i][n]) * of_tokens * of_rows[n];
-          }
+    if (g + 1u < groups) {
+      [[unroll]] for (uint i = 0u; i < WORDS; ++i) word[i] = load_word(weight_of(i), from[i] + g + 1u, chunk, r);
+      column = load_column(m0, tid, groups, g + 1u);
+    }
+
+    SUMS of_rows[WN];
+    [[unroll]] for (uint n = 0u; n < WN; ++n) {
+      const uint row = n / TN * ROWS + first_row(n % TN);
+      coopMatLoad(of_rows[n], row_scales, stage / STAGE * WEIGHTS * ROWS + row, 0u, BY_ROW);
+    }
+    [[unroll]] for (uint slice = 0u; slice < TM; slice += 2u) {
+      DOTS dots[2][WN];
+      products(stage, slice, dots);
+      [[unroll]] for (uint i = 0u; i < 2u; ++i) {
+        SUMS of_tokens;
+        LOAD_OF_TOKENS(of_tokens, column_scales, stage, slice + i);
+        [[unroll]] for (uint n = 0u; n < WN; ++n) {
+          sum[slice + i][n] += SUMS(dots[i][n]) * of_tokens * of_rows[n];
         }
       }
     }
+    stage = STAGE - stage;
   }
 
 #ifdef GATE_UP

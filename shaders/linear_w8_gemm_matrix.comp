@@ -50,54 +50,51 @@ void main() {
   [[unroll]] for (uint i = 0u; i < TM; ++i) {
     [[unroll]] for (uint n = 0u; n < WN; ++n) sum[i][n] = SUMS(0.0);
   }
-  uint word[AHEAD][WORDS], from[WORDS];
-  Column column[AHEAD];
+  uint word[WORDS], from[WORDS];
   [[unroll]] for (uint i = 0u; i < WORDS; ++i) {
     from[i] = min((n0 + row_of(tid, i)) / 16u, tiles - 1u) * groups * 128u + chunk_of(tid, i) * 16u + (tid & 15u);
+    word[i] = w0[from[i]];
   }
-#define LOAD(ahead, g)                                                                          \
-  {                                                                                             \
-    [[unroll]] for (uint i = 0u; i < WORDS; ++i) word[ahead][i] = w0[from[i] + (g) * 128u]; \
-    column[ahead] = load_column(m0, tid, groups, g);                                           \
-  }
-  [[unroll]] for (uint ahead = 0u; ahead < AHEAD; ++ahead) LOAD(ahead, min(ahead, groups - 1u))
+  Column column = load_column(m0, tid, groups, 0u);
 
-  for (uint first = 0u; first < groups; first += AHEAD) {
-    [[unroll]] for (uint ahead = 0u; ahead < AHEAD; ++ahead) {
-      const uint g = first + ahead, stage = (g & 1u) * STAGE;
-      if (g >= groups) break;
-      [[unroll]] for (uint i = 0u; i < WORDS; ++i) {
-        pool[stage + row_of(tid, i) * STRIDE + chunk_of(tid, i)] = uint(signed_bytes_of(word[ahead][i]));
-      }
-      store_column(stage, tid, column[ahead]);
-      if (ZERO != 0u) {
-        int total = 0;
-        [[unroll]] for (uint i = 0u; i < COLUMN_WORDS; ++i) total += dot4(ONES, int(column[ahead].x[i]));
-        [[unroll]] for (uint mask = 1u; mask < 8u / COLUMN_WORDS; mask <<= 1) total += subgroupShuffleXor(total, mask);
-        totals[stage / STAGE * TOKENS + tid * COLUMN_WORDS / 8u] = float(total);
-      }
-      barrier();  // the group is there, and nobody reads the one before the last any more
-      if (g + AHEAD < groups) LOAD(ahead, g + AHEAD)
+  uint stage = 0u;
+  for (uint g = 0u; g < groups; ++g) {
+    [[unroll]] for (uint i = 0u; i < WORDS; ++i) {
+      pool[stage + row_of(tid, i) * STRIDE + chunk_of(tid, i)] = uint(signed_bytes_of(word[i]));
+    }
+    store_column(stage, tid, column);
+    if (ZERO != 0u) {
+      int total = 0;
+      [[unroll]] for (uint i = 0u; i < COLUMN_WORDS; ++i) total += dot4(ONES, int(column.x[i]));
+      [[unroll]] for (uint mask = 1u; mask < 8u / COLUMN_WORDS; mask <<= 1) total += subgroupShuffleXor(total, mask);
+      totals[stage / STAGE * TOKENS + tid * COLUMN_WORDS / 8u] = float(total);
+    }
+    barrier();  // the group is there, and nobody reads the one before the last any more
 
-      [[unroll]] for (uint slice = 0u; slice < TM; slice += 2u) {
-        DOTS dots[2][WN];
-        products(stage, slice, dots);
-        [[unroll]] for (uint i = 0u; i < 2u; ++i) {
-          SUMS of_tokens, total;
-          LOAD_OF_TOKENS(of_tokens, column_scales, stage, slice + i);
-          if (ZERO != 0u) LOAD_OF_TOKENS(total, totals, stage, slice + i);
-          [[unroll]] for (uint n = 0u; n < WN; ++n) {
-            SUMS exact = SUMS(dots[i][n]);
-            if (ZERO != 0u) {  // integers below 2^24 all of them
-              SUMS offset;
-              coopMatLoad(offset, offsets, first_row(n), 0u, BY_ROW);
-              exact += offset * total;
-            }
-            sum[slice + i][n] += exact * of_tokens;
+    if (g + 1u < groups) {
+      [[unroll]] for (uint i = 0u; i < WORDS; ++i) word[i] = w0[from[i] + (g + 1u) * 128u];
+      column = load_column(m0, tid, groups, g + 1u);
+    }
+
+    [[unroll]] for (uint slice = 0u; slice < TM; slice += 2u) {
+      DOTS dots[2][WN];
+      products(stage, slice, dots);
+      [[unroll]] for (uint i = 0u; i < 2u; ++i) {
+        SUMS of_tokens, total;
+        LOAD_OF_TOKENS(of_tokens, column_scales, stage, slice + i);
+        if (ZERO != 0u) LOAD_OF_TOKENS(total, totals, stage, slice + i);
+        [[unroll]] for (uint n = 0u; n < WN; ++n) {
+          SUMS exact = SUMS(dots[i][n]);
+          if (ZERO != 0u) {  // integers below 2^24 all of them
+            SUMS offset;
+            coopMatLoad(offset, offsets, first_row(n), 0u, BY_ROW);
+            exact += offset * total;
           }
+          sum[slice + i][n] += exact * of_tokens;
         }
       }
     }
+    stage = STAGE - stage;
   }
 
   const uint quads = ROWS / 4u, quad = 4u * (tid % quads), row = n0 + quad;

@@ -1,7 +1,6 @@
 // A product of ROWS rows x TOKENS tokens by 256 threads with cooperative matrices, one group of 32 columns at a time
-// through shared memory, where the next group is written while one is multiplied. Threads load AHEAD groups early: a
-// load takes as long as 2 to 4 groups where a core has one workgroup. Before it: WEIGHTS (how many weights share the
-// tokens), `a` and `a_scale`.
+// through shared memory, where the next group is written while one is multiplied. Before it: WEIGHTS (how many weights
+// share the tokens), `a` and `a_scale`.
 //   LARGE: 128 tokens x 128 rows (64 of each of two weights); else 64 x 64: few tokens, or too few rows for all cores
 // A subgroup has TM matrices of MT tokens x WN of NT rows; matrix i of all subgroups has the tokens of slice i.
 // The layout of a matrix over the threads is the driver's secret, so that a scale that depends on the row or the token is
@@ -14,7 +13,6 @@
 layout(constant_id = 9) const uint MT = 16;   // tokens
 layout(constant_id = 10) const uint NT = 16;  // rows
 layout(constant_id = 11) const uint KT = 16;  // columns
-layout(constant_id = 12) const uint AHEAD = 4;
 #ifdef LARGE
 const uint TOKENS = 128, TM = 4, ROWS = 128 / WEIGHTS, TN = 2 / WEIGHTS;
 #else

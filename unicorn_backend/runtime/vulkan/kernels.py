@@ -41,7 +41,6 @@ PARALLEL = {"discrete": 160_000, "integrated": 16_000}
 GEMV_THREADS = (128, 512)  # of a workgroup, least and most; each has 32 bytes of shared memory, and 1 KB for all
 ROW_THREADS = 256
 GEMM_THREADS = 256
-GROUPS_AHEAD = 4  # that a GEMM with cooperative matrices loads before they are multiplied
 GRIDS_BYTES = 1 << 10  # of the buffer of workgroup numbers: 85 stages
 # A weight is cut between tiles whose scales and zero points (16 bytes a tile) lie on pages.
 PIECE_TILES = 256
@@ -346,7 +345,4 @@ class Kernels(ABC):
             return self.device.pipeline(variants.code(f"{name}_gemm__{what}"), constants)
         what = "_".join(filter(None, (which, "large" if product.tokens == LARGE_BLOCK else "")))
         code = variants.code("__".join(filter(None, (f"{name}_gemm_matrix", what))))
-        # A program compiles what is unrolled for minutes.
-        ahead = 1 if self.device.physical.kind == "software" else GROUPS_AHEAD
-        own = [*constants, *zip((9, 10, 11), shape, strict=True), (12, ahead)]
-        return self.device.pipeline(code, own, full_subgroups=True)
+        return self.device.pipeline(code, [*constants, *zip((9, 10, 11), shape, strict=True)], full_subgroups=True)
