@@ -24,7 +24,6 @@ from unicorn_backend import demo as demonstration
 from unicorn_backend import doctor as examination
 from unicorn_backend import hub, models, picture, table
 from unicorn_backend.errors import CheckFailedError, OptionError, UnicornError
-from unicorn_backend.generation.batch import ROWS
 from unicorn_backend.generation.conversation import Conversation
 from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.live import stream_answer
@@ -187,7 +186,9 @@ def serve(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
     name: Annotated[str, typer.Option(help="Name of the model for clients; the last part of --model without.")] = "",
     api_key: Annotated[str, typer.Option(help="What clients must send; UNICORN_API_KEY without.")] = "",
-    batch: Annotated[int, typer.Option(min=1, help="Requests decoded together; 1 for one after another.")] = ROWS,
+    batch: Annotated[
+        int, typer.Option(min=0, help="Requests decoded together; 1 for one after another, 0 for what pays here.")
+    ] = 0,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait; the next gets 503.")] = 64,
     per_client: Annotated[int, typer.Option(min=1, help="Requests of one client at a time; the next gets 429.")] = 16,
     max_body: Annotated[int, typer.Option(min=1024, help="Bytes of a request; a larger one gets 413.")] = 1 << 20,

@@ -55,6 +55,22 @@ def test_a_product_is_launch_values_and_weights() -> None:
     assert microseconds(dataclasses.replace(LINEAR, schemes=("float16",)), 1, 0, RATES) is None
 
 
+def test_how_many_sequences_are_worth_decoding_together() -> None:
+    """7 us, 3 per row and the table: 2 rows cost 227 us, 4 rows 263, 8 rows 431. Attention is each row's own."""
+    step = dataclasses.replace(LINEAR, weight_bytes=1 << 30)
+    plan = Plan(1, "1", [step])
+    rates = dataclasses.replace(RATES, cold={"w8c": {1: 100.0, 2: 107.0, 4: 122.0, 8: 200.0}}, cached={})
+    rows, gain = cost.rows_worth(plan, rates, 8)
+    assert rows == 8 and gain == pytest.approx(8 * 210 / 431)
+    assert cost.rows_worth(plan, rates, 4)[0] == 4
+    saturated = dataclasses.replace(rates, cold={"w8c": {1: 100.0, 2: 107.0, 4: 122.0, 8: 240.0}})
+    rows, gain = cost.rows_worth(plan, saturated, 8)
+    assert rows == 4 and gain == pytest.approx(4 * 210 / 263), "8 rows would have 3.29 times the speed, 4 have 3.19"
+    attention = Step("attention", "a", "", "cpu", (), 0, key_macs=20000, key_heads=4, key_bytes=1000)
+    rows, gain = cost.rows_worth(Plan(1, "1", [step, attention]), saturated, 8)
+    assert rows == 2 and gain < 1.5, "reading keys and values is shared by nobody"
+
+
 def test_attention_reads_keys_and_values() -> None:
     step = Step("attention", "a", "", "cpu", (), 0, key_macs=2000, key_heads=4, key_bytes=1000)
     assert microseconds(step, 1, 1000, RATES) == pytest.approx(9 + 1e-3 * (2000 * 50 + 4 * 1000))

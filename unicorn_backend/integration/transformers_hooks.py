@@ -44,10 +44,14 @@ def install() -> bool:
     if caches is None or masks is None or getattr(caches, "_unicorn_installed", False):
         return False
     full, sliding, static = caches.DynamicLayer, caches.DynamicSlidingWindowLayer, caches.StaticSlidingWindowLayer
-    layers = ((full, _full_methods, ()), (sliding, _sliding_methods, (4,)), (static, _static_methods, (9, 4)))
-    for layer, methods, args in layers:
+    layers: tuple[tuple[Any, Any, dict[str, int]], ...] = (
+        (full, _full_methods, {}),
+        (sliding, _sliding_methods, {"sliding_window": 4}),
+        (static, _static_methods, {"max_cache_len": 9, "sliding_window": 4}),
+    )
+    for layer, methods, sizes in layers:
         tested: Any = type("_Tested", (layer,), methods(layer, eager=True))
-        if _agrees(functools.partial(layer, *args), functools.partial(tested, *args)):
+        if _agrees(functools.partial(layer, **sizes), functools.partial(tested, **sizes)):
             continue
         log.warning(
             "transformers %s changed its caches: expect up to 4 more graphs when a window fills, and slower decoding",

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -81,6 +81,31 @@ def predict(plan: Plan, step: Step, rates: Rates) -> float | None:
     """us of one call of a step at the plan's typical size on the CPU."""
     tokens, keys = plan.typical
     return microseconds(step, step.tokens or tokens, keys, rates, is_cached(plan))
+
+
+def rows_worth(plan: Plan, rates: Rates, most: int) -> tuple[int, float]:
+    """How many sequences a decode step should take, and how many times the tokens per second of one they get.
+
+    The fewest, of powers of two up to `most`, with 0.9 of the best speed: beyond, each only waits longer. plan: of one
+    token. A device beside the CPU is not looked at.
+    """
+    keys = plan.typical[1]
+
+    def us(rows: int) -> float:
+        found = 0.0
+        for step in plan.steps:
+            own = replace(step, key_macs=0)
+            found += microseconds(own, rows * (step.tokens or 1), keys, rates, is_cached(plan)) or 0.0
+            found += rows * attention_us(step, 1, keys, rates) if step.key_macs else 0.0
+        return found
+
+    tried = [1]
+    while 2 * tried[-1] <= most:
+        tried.append(2 * tried[-1])
+    gains = {rows: rows * us(1) / us(rows) for rows in tried}
+    best = max(gains.values())
+    rows = next(rows for rows in tried if gains[rows] >= 0.9 * best)
+    return rows, gains[rows]
 
 
 def attention_us(step: Step, tokens: int, keys: int, rates: Rates) -> float:

@@ -41,7 +41,7 @@ Body = TypeVar("Body", bound=Common)
 class Limits:
     """max_tokens: of an answer whose request names none. per_client: requests at a time from one key or address.
 
-    batch: requests that run together; 1 runs one after another.
+    batch: requests that run together; 1 runs one after another, 0 (in `server.serve`) what pays on this machine.
     """
 
     queue: int = 64
@@ -68,7 +68,7 @@ class Server:
         self.engine, self.limits, self.speculate = engine, limits or Limits(), speculate
         self.name = name or Path(engine.name).name
         self.metrics = Metrics(engine)
-        self.worker = Worker(engine, self.metrics, self.limits.queue, self.limits.batch)
+        self.worker = Worker(engine, self.metrics, self.limits.queue, self.limits.batch or ROWS)
         self._key = api_key
         self._clients: Counter[str] = Counter()
         self._tokenizing = asyncio.Lock()

@@ -15,7 +15,10 @@ from rich.live import Live
 from rich.text import Text
 
 from unicorn_backend.errors import OptionError
+from unicorn_backend.generation.batch import ROWS
 from unicorn_backend.generation.engine import Engine
+from unicorn_backend.integration.prepare import plans_of
+from unicorn_backend.partition import calibration, cost
 from unicorn_backend.server.app import Limits, Server
 
 __all__ = ["Limits", "serve"]
@@ -47,7 +50,10 @@ def serve(
             raise OptionError(f"cannot listen on {host}:{port}: {error.strerror}; choose another --port") from error
         server = Server(engine, limits, api_key, speculate, name)
         print(f"compiling {server.name}", file=sys.stderr)
-        seconds = engine.warm_up(speculate, limits.batch)
+        seconds = engine.warm_up(speculate, limits.batch or ROWS)
+        if not limits.batch:
+            server.worker.batch, why = together(engine)
+            print(why, file=sys.stderr)
         torch.ops.unicorn.release_threads()  # this thread's: the worker's answers took twice as long beside them
         listener.listen(CONNECTIONS)  # who reads "ready" and connects at once is not refused
         shown = f"[{host}]" if ":" in host else host
@@ -62,6 +68,16 @@ def serve(
         )
         with live_line(server) if monitor else nullcontext():
             uvicorn.Server(config).run(sockets=[listener])
+
+
+def together(engine: Engine) -> tuple[int, str]:
+    """How many requests to decode together on this machine, and the reason in words. After `warm_up`."""
+    plan = next((plan for plan in plans_of(engine.original) if plan.tokens == "1" and plan.steps), None)
+    if plan is None:
+        return ROWS, f"up to {ROWS} requests run together: no graph of one token to predict from"
+    rates = calibration.rates()
+    rows, gain = cost.rows_worth(plan, rates, ROWS)
+    return rows, f"up to {rows} requests run together, {gain:.1f} times the tokens/s of one ({rates.source})"
 
 
 @contextmanager
