@@ -138,6 +138,14 @@ LIBRARY.define("dequantize_rows(Tensor rows, ScalarType dtype) -> Tensor")
 LIBRARY.define("push_window_(Tensor(a!) cache, Tensor row, SymInt seen) -> ()")
 LIBRARY.define("set_window_(Tensor(a!) cache, Tensor full) -> ()")
 
+# The next token from scores, float32 [B, V], V the vocabulary.
+# argmax: torch.argmax(scores, -1) -> int64 [B].
+# sample: the token int64 [B, 1] that transformers draws with its top-k and top-p (0 and 1.0 are off; `keep`: their
+# min_tokens_to_keep), softmax and torch.multinomial, and the generator is left as those leave it. Where rounding or the
+# order of equal scores in a sort may decide, and where scores are NaN: empty, and the generator untouched.
+LIBRARY.define("argmax(Tensor scores) -> Tensor")
+LIBRARY.define("sample(Tensor scores, int top_k, float top_p, int keep, Generator? generator=None) -> Tensor")
+
 # For tests and benchmarks: force an instruction set ("" = the best; returns the one in use), list those
 # of this CPU, an activation elementwise (fp32, a multiple of 16 values), read all bytes of a tensor,
 # int8 multiply-adds from registers (returns their number). For who computes in another thread from now on: end the
