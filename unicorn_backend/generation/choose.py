@@ -39,8 +39,8 @@ class Sampler:
 
     def _take_last(self, kind: type) -> Any:
         """The last processor if it is of this very kind and removes by -inf."""
-        last: Any = self.before[-1] if self.before else None
-        if last.__class__ is not kind or last.filter_value != -float("inf"):
+        last = self.before[-1] if self.before else None
+        if type(last) is not kind or getattr(last, "filter_value", 0) != -float("inf"):
             return None
         self._last.insert(0, self.before.pop())
         return last
