@@ -2,8 +2,8 @@
 
 With a vocabulary of 262k the loop spends 0.3 ms per token in `torch.argmax`, or 15 ms when it samples. The loop stays
 transformers' own, the same code object: it runs with other globals, in which `torch.argmax`, `softmax` and
-`torch.multinomial` are those of `generation/choose.py`, and gives the same tokens. Only models that this backend runs
-get it, and only where the loop calls these three as it does today.
+`torch.multinomial` are those of `generation/choose.py`, and gives the same tokens; the criteria for its end are
+`stopping.py`. Only models that this backend runs get it, and only where the loop calls these three as it does today.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def with_native_choice(loop: Any, is_ours: Callable[[Any], bool]) -> Any:
     if reason := _unknown(loop):
         log.info("generate() chooses tokens by torch's operators: %s", reason)
         return loop
+    from unicorn_backend.integration.stopping import Stopping  # transformers is loaded by now
 
     @functools.wraps(loop)
     def _sample(
@@ -58,7 +59,7 @@ def with_native_choice(loop: Any, is_ours: Callable[[Any], bool]) -> Any:
         sampler = Sampler(logits_processor, whole=bool(generation_config.output_scores))
         own = _in_globals(loop, _names(sampler))
         before = type(logits_processor)(sampler.before) if generation_config.do_sample else logits_processor
-        return own(self, input_ids, before, stopping_criteria, generation_config, **rest)
+        return own(self, input_ids, before, Stopping(stopping_criteria), generation_config, **rest)
 
     return _sample
 
