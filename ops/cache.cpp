@@ -4,7 +4,8 @@
 // copies a token, not the cache. To torch it is an ordinary tensor with a storage of its own that starts at its
 // first row. Nothing is ever written to a row that some tensor shows, so the ops are pure functions: appending
 // twice to the same past gives two independent results (the second one copies).
-#include <ATen/ATen.h>
+#include "cache.h"
+
 #include <torch/library.h>
 
 #include <atomic>
@@ -18,8 +19,6 @@
 namespace unicorn {
 
 namespace {
-
-using at::Tensor;
 
 // Huge pages are cleared when they are touched first: below this size that costs more than it brings.
 constexpr int64_t kHugeFrom = int64_t(8) << 20;
@@ -142,6 +141,8 @@ void check(const char* op, const Tensor& t) {
               ", expected [B, H, S, D] on the CPU");
 }
 
+}  // namespace
+
 Tensor append_rows(const Tensor& past, const Tensor& rows, int64_t filled, int64_t keep) {
   check("append_rows", past);
   check("append_rows", rows);
@@ -181,6 +182,8 @@ Tensor last_rows(const Tensor& x, int64_t count) {
   buffer->end = kept;
   return show(buffer, shape, 0, kept, x.dtype());
 }
+
+namespace {
 
 // Rows as int8 and one fp32 scale, which stands in the last four bytes of a row.
 

@@ -1,5 +1,6 @@
 #include "prepared.h"
 
+#include "cache.h"
 #include "torch_regions.h"
 
 namespace unicorn {
@@ -80,6 +81,30 @@ std::unique_ptr<Prepared> prepare_ffn(const Values& a) {
       });
 }
 
+// Nothing of these stays; they are called without the dispatcher, some hundred times per token.
+class PreparedCall final : public Prepared {
+ public:
+  using Call = void (*)(const IValue* const* changing, IValue* results);
+  explicit PreparedCall(Call call) : call_(call) {}
+  void run(const IValue* const* changing, IValue* results) const override { call_(changing, results); }
+
+ private:
+  Call call_;
+};
+
+// past, rows, filled, keep
+std::unique_ptr<Prepared> prepare_append_rows(const Values&) {
+  return std::make_unique<PreparedCall>([](const IValue* const* a, IValue* results) {
+    results[0] = append_rows(a[0]->toTensor(), a[1]->toTensor(), a[2]->toInt(), a[3]->toInt());
+  });
+}
+
+// x, count
+std::unique_ptr<Prepared> prepare_last_rows(const Values&) {
+  return std::make_unique<PreparedCall>(
+      [](const IValue* const* a, IValue* results) { results[0] = last_rows(a[0]->toTensor(), a[1]->toInt()); });
+}
+
 }  // namespace
 
 const Preparation* preparation_of(const std::string& op) {
@@ -88,6 +113,8 @@ const Preparation* preparation_of(const std::string& op) {
       {"unicorn::int8_qkv", {0, 12, 13}, &prepare_qkv},
       {"unicorn::int8_attention", {0, 1, 2, 3, 13}, &prepare_attention},
       {"unicorn::int4_ffn", {0, 14}, &prepare_ffn},
+      {"unicorn::append_rows", {0, 1, 2, 3}, &prepare_append_rows},
+      {"unicorn::last_rows", {0, 1}, &prepare_last_rows},
   };
   for (const Preparation& one : known) {
     if (one.op == op) return &one;

@@ -138,6 +138,20 @@ LIBRARY.define("dequantize_rows(Tensor rows, ScalarType dtype) -> Tensor")
 LIBRARY.define("push_window_(Tensor(a!) cache, Tensor row, SymInt seen) -> ()")
 LIBRARY.define("set_window_(Tensor(a!) cache, Tensor full) -> ()")
 
+# What positions decide. band_mask: bool [1, 1, T, S], true where lower <= key - query <= upper (indices from 0).
+# rotary_tables: cos and sin of cat(f, f) with f = position * inv_freq, times scale, in `dtype`; positions int64 [B, T],
+# inv_freq float32 [D / 2] -> [B, T, D] each.
+LIBRARY.define("band_mask(SymInt queries, SymInt keys, SymInt lower, SymInt upper) -> Tensor")
+LIBRARY.define("rotary_tables(Tensor positions, Tensor inv_freq, float scale, ScalarType dtype) -> (Tensor, Tensor)")
+
+# The next token from scores, float32 [B, V], V the vocabulary.
+# argmax: torch.argmax(scores, -1) -> int64 [B].
+# sample: the token int64 [B, 1] that transformers draws with its top-k and top-p (0 and 1.0 are off; `keep`: their
+# min_tokens_to_keep), softmax and torch.multinomial, and the generator is left as those leave it. Where rounding or the
+# order of equal scores in a sort may decide, and where scores are NaN: empty, and the generator untouched.
+LIBRARY.define("argmax(Tensor scores) -> Tensor")
+LIBRARY.define("sample(Tensor scores, int top_k, float top_p, int keep, Generator? generator=None) -> Tensor")
+
 # For tests and benchmarks: force an instruction set ("" = the best; returns the one in use), list those
 # of this CPU, an activation elementwise (fp32, a multiple of 16 values), read all bytes of a tensor,
 # int8 multiply-adds from registers (returns their number). For who computes in another thread from now on: end the
@@ -254,6 +268,17 @@ def _append_rows_fake(past: Tensor, rows: Tensor, filled: int, keep: int) -> Ten
 @torch.library.register_fake("unicorn::last_rows")
 def _last_rows_fake(x: Tensor, count: int) -> Tensor:
     return _with_room(x, torch.sym_min(x.shape[2], count))
+
+
+@torch.library.register_fake("unicorn::band_mask")
+def _band_mask_fake(queries: int, keys: int, lower: int, upper: int) -> Tensor:
+    return torch.empty(1, 1, queries, keys, dtype=torch.bool)
+
+
+@torch.library.register_fake("unicorn::rotary_tables")
+def _rotary_tables_fake(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    cos = inv_freq.new_empty((*positions.shape, 2 * inv_freq.shape[0]), dtype=dtype)
+    return cos, cos.new_empty(cos.shape)
 
 
 @torch.library.register_fake("unicorn::quantize_rows")

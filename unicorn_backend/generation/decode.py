@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from unicorn_backend.generation.assistant import AssistedDrafter
+from unicorn_backend.generation.choose import Sampler, greedy
 from unicorn_backend.generation.drafting import Drafter
 from unicorn_backend.generation.prefix import cut
 from unicorn_backend.integration.transformers_hooks import cache_argument
@@ -60,7 +61,10 @@ class Sequence:
     ) -> Tensor:
         """What transformers prepared. Computes nothing. Batch 1 only."""
         self.model, self._processor, self._criteria = model, logits_processor, stopping_criteria
-        self._sample, self.most = generation_config.do_sample, generation_config.max_length
+        self._sampler, self.most = None, generation_config.max_length
+        if generation_config.do_sample:
+            self._sampler = Sampler(logits_processor)
+            self._processor = type(logits_processor)(self._sampler.before)
         given = ("position_ids", "logits_to_keep", "attention_mask", cache_argument())
         self.model_kwargs = {k: v for k, v in model_kwargs.items() if k not in given}
         self.length = input_ids.shape[1]
@@ -107,11 +111,9 @@ class Sequence:
 
     def take(self, logits: Tensor) -> bool:
         """Choose the next token from its logits [V]. Returns False if it is the last one."""
-        scores = self._processor(self._ids[:, : self.length], logits[None])  # [1, V]
-        if self._sample:
-            token = int(torch.multinomial(scores.softmax(-1), 1, generator=self.generator))
-        else:
-            token = int(scores.argmax())
+        ids = self._ids[:, : self.length]
+        scores = self._processor(ids, logits[None])  # [1, V]
+        token = int(greedy(scores) if self._sampler is None else self._sampler(ids, scores, self.generator))
         self._ids[0, self.length] = token
         self.length += 1
         if self.drafter is not None:

@@ -30,6 +30,7 @@ from unicorn_backend.graph.pattern import (
     value,
 )
 from unicorn_backend.graph.region import Attention, Ffn, Match, Qkv, bias_argument, weight_arguments
+from unicorn_backend.graph.tables import fuse_tables
 
 REPLACED_BY = "unicorn_replaced_by"
 
@@ -52,6 +53,7 @@ def rewrite(gm: GraphModule) -> Match:
         _try(gm, region, place, taken)
     for region in qkv.regions:
         _try(gm, region, _place_qkv, taken)
+    fuse_tables(gm)
     gm.graph.eliminate_dead_code()
     gm.graph.lint()
     gm.recompile()
@@ -83,6 +85,8 @@ def _is_no_op(node: Node) -> bool:
         before, after = value(node.args[0]), value(node)
         copy = node.kwargs or any(arg is True for arg in node.args)
         return not copy and (before.dtype, before.device) == (after.dtype, after.device)
+    if is_op(node, aten.expand.default):
+        return same_shape(node, node.args[0])
     if is_op(node, aten.slice.Tensor):
         given: tuple[Any, ...] = tuple(node.args[2:])
         first, last, step = given + (None, None, 1)[len(given) :]

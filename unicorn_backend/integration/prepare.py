@@ -33,6 +33,7 @@ _lock = threading.RLock()
 _current = threading.local()
 _plans: weakref.WeakKeyDictionary[nn.Module, list[Plan]] = weakref.WeakKeyDictionary()
 _notes: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
+_all_roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules that some session was applied to
 
 
 def _current_roots() -> tuple[nn.Module, ...]:
@@ -50,7 +51,7 @@ class Session:
     """One `torch.compile` context: its options, and the modules it was applied to."""
 
     def __init__(self, options: Options) -> None:
-        transformers_hooks.install()
+        transformers_hooks.install(_all_roots.__contains__)
         self.options = options
         self._roots: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._prepared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
@@ -60,6 +61,7 @@ class Session:
         owner = fn if isinstance(fn, nn.Module) else getattr(fn, "__self__", None)
         if isinstance(owner, nn.Module):
             self._roots.add(owner)
+            _all_roots.add(owner)
 
     def enter(self) -> Callable[[], None]:
         """Enter hook of every compiled call; returns what undoes it."""

@@ -18,12 +18,15 @@ import functools
 import inspect
 import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from unicorn_backend.integration.decode_inputs import with_short_way
 from unicorn_backend.integration.model_state import wrap_generate
+from unicorn_backend.integration.token_choice import with_native_choice
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +40,11 @@ def cache_argument() -> str:
     return "cache" if "cache" in parameters else "past_key_values"
 
 
-def install() -> bool:
-    """Replace the methods, once, if transformers' caches are loaded and the self-test passes."""
+def install(is_ours: Callable[[Any], bool]) -> bool:
+    """Replace the methods, once, if transformers' caches are loaded and the self-test passes.
+
+    is_ours: whether this backend was asked to run a model.
+    """
     caches: Any = sys.modules.get("transformers.cache_utils")
     masks: Any = sys.modules.get("transformers.masking_utils")
     if caches is None or masks is None or getattr(caches, "_unicorn_installed", False):
@@ -67,6 +73,9 @@ def install() -> bool:
     _hook_mask_vmap(masks)
     generation: Any = sys.modules["transformers"].GenerationMixin
     generation.generate = wrap_generate(generation.generate)
+    generation._sample = with_native_choice(generation._sample, is_ours)
+    plain = generation.prepare_inputs_for_generation
+    generation.prepare_inputs_for_generation = with_short_way(plain, cache_argument(), is_ours)
     caches._unicorn_installed = True
     return True
 
