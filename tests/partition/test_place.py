@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 from collections.abc import Iterator
 from typing import Any
@@ -193,9 +194,9 @@ FFN = Step("ffn", "layer", "unicorn::int4_ffn", "cpu", ("w4g32",) * 3, 9 << 20, 
 PROMPT, DECODE = Plan(1, "dynamic"), Plan(2, "1")
 
 
-def offered(device: NullDevice, plan: Plan, policy: str = "speed", room: float = 1e12) -> Offer:
+def offered(device: NullDevice, plan: Plan, policy: str = "speed", meanwhile: tuple[Step, ...] = ()) -> Offer:
     work = Work(FFN, {"bias": []}, True)
-    return offer("null", device, work, plan, policy, cost.estimate(8, "avx512vnni"), {"null": room})
+    return offer("null", device, work, plan, policy, cost.estimate(8, "avx512vnni"), {"null": 1e12}, meanwhile)
 
 
 def test_speed_and_power_go_by_predicted_time_and_fixed_does_not() -> None:
@@ -211,6 +212,19 @@ def test_speed_and_power_go_by_predicted_time_and_fixed_does_not() -> None:
     assert offered(Costed(100.0, 10.0), PROMPT, "power").device is None
     device.software = True
     assert "policy='fixed'" in offered(device, PROMPT).reason and offered(device, PROMPT, "fixed").device is device
+
+
+def test_what_the_cpu_does_meanwhile_hides_a_prompts_time_on_a_device() -> None:
+    """A device slower than the CPU gets a prompt's feed-forward where the CPU has as much else to do."""
+    device = Costed(launch=2000.0, rate=0.9)
+    assert offered(device, PROMPT).device is None
+    other = dataclasses.replace(FFN, kind="linear", op="unicorn::linear")
+    beside = offered(device, PROMPT, meanwhile=(other,))
+    assert beside.device is device and beside.least > cost.FEW and "run beside the CPU's work" in beside.reason
+    assert offered(device, DECODE, meanwhile=(other,)).device is None, "both read the same memory"
+    assert offered(Costed(2000.0, 1.5), PROMPT, meanwhile=(other,)).device is None, (
+        "0.7 of it is hidden, the rest is not"
+    )
 
 
 def test_layers_fill_a_device_in_order_and_the_rest_stays_on_the_cpu(

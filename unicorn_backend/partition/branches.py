@@ -18,11 +18,16 @@ from unicorn_backend.runtime import placed
 
 @dataclass(frozen=True)
 class Span:
-    """A call begins behind `start` and must have ended before `end`; `beside`: kinds of the regions between."""
+    """A call begins behind `start` and must have ended before `end`; `between`: regions that are computed meanwhile."""
 
     start: Node
     end: Node
-    beside: tuple[str, ...]
+    between: tuple[Node, ...]
+
+    @property
+    def beside(self) -> list[str]:
+        """Their kinds."""
+        return sorted({OPS[node.target][0] for node in self.between})
 
 
 def spans(gm: GraphModule, chosen: Mapping[Node, placed.Site]) -> dict[Node, Span]:
@@ -43,8 +48,8 @@ def spans(gm: GraphModule, chosen: Mapping[Node, placed.Site]) -> dict[Node, Spa
         needed = [order[found[n].end if n in found else n] for n in arguments if isinstance(n, Node)]
         start = max([inputs - 1, *needed, *(at for at in same if at < order[node])])
         end = min([*(order[user] for user in node.users), *(at for at in same if at > order[node])])
-        between = nodes[start + 1 : end]
-        beside = {OPS[n.target][0] for n in between if n.target in OPS and n is not node} - {"norm", "embedding"}
-        if beside:
-            found[node] = Span(nodes[start], nodes[end], tuple(sorted(beside)))
+        between = [n for n in nodes[start + 1 : end] if n.target in OPS and n is not node]
+        between = [n for n in between if OPS[n.target][0] not in ("norm", "embedding")]
+        if between:
+            found[node] = Span(nodes[start], nodes[end], tuple(between))
     return found

@@ -45,11 +45,19 @@ def place(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, l
     rooms = {name: _room(device) for name, device in devices.items() if not isinstance(device, str)}
     rates = calibration.rates()
     chosen: dict[Node, placed.Site] = {}
-    for index, (node, step) in enumerate(zip(_nodes(gm), plan.steps, strict=True)):
+    steps = dict(zip(_nodes(gm), plan.steps, strict=True))
+    for index, (node, step) in enumerate(steps.items()):
         op = step.op.removeprefix("unicorn::")
         if op not in placed.OPS:
             continue
-        offers = [offer(name, devices[name], _work(node, step), plan, options.policy, rates, rooms) for name in names]
+        work = _work(node, step)
+        offers = []
+        for name in names:
+            device, meanwhile = devices[name], []
+            if op in placed.DEFERRED and not isinstance(device, str):
+                span = branches.spans(gm, {**chosen, node: placed.Site(op, device, plan, index)}).get(node)
+                meanwhile = [steps[n] for n in span.between if n not in chosen] if span else []
+            offers.append(offer(name, device, work, plan, options.policy, rates, rooms, meanwhile))
         best = min((o for o in offers if o.device), key=lambda o: o.us or 0.0, default=None)
         reason = (
             best.reason if best else "; ".join(f"{name}: {o.reason}" for name, o in zip(names, offers, strict=True))
@@ -145,9 +153,20 @@ class Offer:
 
 
 def offer(
-    name: str, device: Device | str, work: Work, plan: Plan, policy: str, rates: Rates, rooms: Mapping[str, float]
+    name: str,
+    device: Device | str,
+    work: Work,
+    plan: Plan,
+    policy: str,
+    rates: Rates,
+    rooms: Mapping[str, float],
+    meanwhile: Sequence[Step] = (),
 ) -> Offer:
-    """What `policy` makes of a region on a device. `rooms`: bytes of weights that each device still holds."""
+    """What `policy` makes of a region on a device. `rooms`: bytes of weights that each device still holds.
+
+    meanwhile: what the CPU computes while the device computes this one. Of more than `FEW` tokens that much of the
+    device's time costs nothing; of fewer both read the same memory, so that it is not free.
+    """
     if isinstance(device, str):
         return Offer(name, None, device)
     if refused := device.refuses(work):
@@ -168,14 +187,24 @@ def offer(
         return Offer(name, device, device.label, device.least, found[0] if found else None)
     us, source = found
     against = f"{us / 1e3:.2f} ms, cpu {cpu / 1e3:.2f} at {tokens} tokens ({source}; cpu {rates.source})"
-    least = _wins_from(device, work, plan, MARGINS[policy], rates)
+    if tokens > cost.FEW and (hidden := _cpu_us(meanwhile, tokens, keys, plan, rates)):
+        against += f", of which {min(hidden, us) / 1e3:.2f} ms run beside the CPU's work"
+    least = _wins_from(device, work, plan, MARGINS[policy], rates, meanwhile)
     if not least:
         verdict = f"loses {(us - cpu) / 1e3:.2f} ms" if us >= cpu else f"gains only {(cpu - us) / 1e3:.2f} ms"
         return Offer(name, None, f"{verdict}: {against}", us=us)
     return Offer(name, device, f"{device.label}; {f'from {least} tokens on; ' * (least > 1)}{against}", least, us)
 
 
-def _wins_from(device: Device, work: Work, plan: Plan, margin: float, rates: Rates) -> int:
+def _cpu_us(steps: Sequence[Step], tokens: int, keys: int, plan: Plan, rates: Rates) -> float:
+    """Predicted for all of them, one after another."""
+    cached = cost.is_cached(plan)
+    return sum(cost.microseconds(s, s.tokens or tokens, max(keys, tokens), rates, cached) or 0.0 for s in steps)
+
+
+def _wins_from(
+    device: Device, work: Work, plan: Plan, margin: float, rates: Rates, meanwhile: Sequence[Step] = ()
+) -> int:
     """The least number of tokens from which the device always wins; 0 if there is none."""
     tokens, keys = plan.typical
     fixed = work.step.tokens or (tokens if plan.tokens.isdigit() else 0)
@@ -183,7 +212,8 @@ def _wins_from(device: Device, work: Work, plan: Plan, margin: float, rates: Rat
     for count in [fixed] if fixed else [t for t in PROMPTS if t >= device.least]:
         cpu = cost.microseconds(work.step, count, max(keys, count), rates, cost.is_cached(plan))
         found = device.predict(work, count, max(keys, count))
-        wins = cpu is not None and found is not None and found[0] < margin * cpu
+        hidden = _cpu_us(meanwhile, count, keys, plan, rates) if count > cost.FEW else 0.0
+        wins = cpu is not None and found is not None and max(found[0] - hidden, 0.0) < margin * cpu
         least = (least or count) if wins else 0
     return least
 
