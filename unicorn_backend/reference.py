@@ -185,9 +185,21 @@ def int4_ffn(
     return _finish(_linear(_as_input(product, wd, x), wd, bd, n), post_w, post_eps, post_offset, residual, x.dtype)
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    f.__name__: f for f in (linear, experts_linear, embedding, rms_norm, int8_qkv, int8_attention, int4_ffn)
-}
+def band_mask(queries: int, keys: int, lower: int, upper: int) -> Tensor:
+    """See `ops.py`. bool [1, 1, queries, keys]."""
+    difference = torch.arange(keys)[None, :] - torch.arange(queries)[:, None]
+    return ((difference >= lower) & (difference <= upper))[None, None]
+
+
+def rotary_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """See `ops.py`. int64 [B, T] and fp32 [D / 2] -> cos and sin [B, T, D]; in fp32, as transformers computes them."""
+    half = positions[..., None].float() * inv_freq
+    angles = torch.cat((half, half), dim=-1)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
+
+
+REGIONS = (linear, experts_linear, embedding, rms_norm, int8_qkv, int8_attention, int4_ffn)
+FUNCTIONS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (*REGIONS, band_mask, rotary_tables)}
 
 
 class Interpreter(fx.Interpreter):
