@@ -17,12 +17,12 @@ from torch import Tensor
 
 from unicorn_backend.integration import model_state
 
-_PASSED_ON = ("attention_mask", "use_cache", "logits_to_keep")  # beside the cache
+_PASSED_ON = ("use_cache", "logits_to_keep")  # behind the tensors, in the order of the arguments
 
 
 def with_short_way(plain: Any, cache: str, is_ours: Callable[[Any], bool]) -> Any:
     """`GenerationMixin.prepare_inputs_for_generation`. cache: the name of that argument."""
-    known = frozenset((*_PASSED_ON, "position_ids", cache))
+    known = frozenset((*_PASSED_ON, "attention_mask", "position_ids", cache))
 
     @functools.wraps(plain)
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -50,10 +50,7 @@ def _short(input_ids: Tensor, cache: str, kwargs: dict[str, Any]) -> dict[str, A
         inputs["position_ids"] = position_ids if position_ids.shape[-1] == 1 else _last(position_ids)
     if (attention_mask := kwargs.get("attention_mask")) is not None:
         inputs["attention_mask"] = attention_mask
-    for name, value in kwargs.items():
-        if name in _PASSED_ON and name != "attention_mask":
-            inputs[name] = value
-    return inputs
+    return inputs | {name: value for name, value in kwargs.items() if name in _PASSED_ON}
 
 
 def _last(tokens: Tensor) -> Tensor:

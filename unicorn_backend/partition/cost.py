@@ -102,7 +102,8 @@ def rows_worth(plan: Plan, rates: Rates, most: int) -> tuple[int, float]:
     tried = [1]
     while 2 * tried[-1] <= most:
         tried.append(2 * tried[-1])
-    gains = {rows: rows * us(1) / us(rows) for rows in tried}
+    alone = us(1)
+    gains = {rows: rows * alone / us(rows) for rows in tried}
     best = max(gains.values())
     rows = next(rows for rows in tried if gains[rows] >= 0.9 * best)
     return rows, gains[rows]

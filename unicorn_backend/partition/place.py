@@ -54,7 +54,7 @@ def place(gm: GraphModule, plan: Plan, options: Options) -> tuple[GraphModule, l
         offers = []
         for name in names:
             device, meanwhile = devices[name], []
-            if op in placed.DEFERRED and not isinstance(device, str):
+            if op in placed.DEFERRED and options.policy != "fixed" and not isinstance(device, str):
                 span = branches.spans(gm, {**chosen, node: placed.Site(op, device, plan, index)}).get(node)
                 meanwhile = [steps[n] for n in span.between if n not in chosen] if span else []
             offers.append(offer(name, device, work, plan, options.policy, rates, rooms, meanwhile))

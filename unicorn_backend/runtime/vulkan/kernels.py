@@ -236,16 +236,19 @@ class Kernels(ABC):
             while 2 * threads <= most and groups * threads < many:
                 threads *= 2
             return Product(ROWS * weights, 1, threads)
-        tokens = self.shape.max_tokens
         large = Product(LARGE_BLOCK // weights, LARGE_BLOCK, GEMM_THREADS)
-        fits = self.variant.matrix and bucket != BLOCK and tokens % LARGE_BLOCK == 0
-        if fits and -(-n // large.rows) * (tokens // LARGE_BLOCK) * GEMM_THREADS >= many // 4:
+        across, down = large.grid(n, self.shape.max_tokens)
+        if self._takes_large_blocks(bucket) and across * down * GEMM_THREADS >= many // 4:
             return large
         return Product(BLOCK, BLOCK, GEMM_THREADS)
 
+    def _takes_large_blocks(self, bucket: int) -> bool:
+        """Of tokens, in GEMMs with enough rows: buffers end with a whole block."""
+        return self.variant.matrix and bucket != BLOCK and self.shape.max_tokens % LARGE_BLOCK == 0
+
     def rows_to_quantize(self, bucket: int, tokens: int) -> int:
         """GEMMs read whole blocks of tokens."""
-        block = 1 if bucket in BUCKETS else BLOCK if self.shape.max_tokens % LARGE_BLOCK else LARGE_BLOCK
+        block = 1 if bucket in BUCKETS else LARGE_BLOCK if self._takes_large_blocks(bucket) else BLOCK
         return -(-tokens // block) * block
 
     def buffer(self, size: int, wanted: Sequence[int] = DEVICE) -> Buffer:
