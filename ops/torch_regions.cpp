@@ -90,6 +90,24 @@ std::vector<int64_t> with_last(const Tensor& x, int64_t n) {
   return shape;
 }
 
+Tensor Result::take(at::IntArrayRef sizes, const at::TensorOptions& options, int64_t rows) const {
+  constexpr int64_t kFewRows = 8;
+  if (rows > kFewRows) return at::empty(sizes, options);
+  const caffe2::TypeMeta dtype = options.dtype();
+  const size_t bytes = c10::multiply_integers(sizes) * dtype.itemsize();
+  // Whoever moved or resized the storage may have given it away.
+  if (storage_ && storage_.use_count() == 1 && storage_.nbytes() == bytes && storage_.data() == data_) {
+    Tensor again = at::detail::make_tensor<c10::TensorImpl>(c10::Storage(storage_),
+                                                            c10::DispatchKeySet(c10::DispatchKey::CPU), dtype);
+    again.unsafeGetTensorImpl()->set_sizes_contiguous(sizes);
+    return again;
+  }
+  Tensor result = at::empty(sizes, options);
+  storage_ = result.storage();
+  data_ = storage_.data();
+  return result;
+}
+
 LinearRegion::LinearRegion(int64_t width, TensorList w, const OptionalTensor& bias, int64_t n)
     : arguments_("linear"),
       w_(arguments_.weight(w, n, width, "w")),
@@ -100,7 +118,7 @@ LinearRegion::LinearRegion(int64_t width, TensorList w, const OptionalTensor& bi
 Tensor LinearRegion::operator()(const Tensor& x) const {
   Arguments kept("linear");
   const Rows rows = kept.rows(x, width_);
-  Tensor y = at::empty(with_last(x, n_), x.options());
+  Tensor y = result_.take(with_last(x, n_), x.options(), rows.rows);
   run_linear(rows, {}, w_, bias_, {}, out_of(y), workspace(), threads());
   return y;
 }
@@ -147,7 +165,7 @@ QkvArgs QkvRegion::begin(const Tensor& x, const OptionalTensor& cos, const Optio
     args.sin = kept.array(*sin, "sin");
   }
   for (int i = 0; i < 3; ++i) {
-    out[i] = at::empty({args.B, args.part[i].heads, args.T, args.head_dim}, x.options());
+    out[i] = results_[i].take({args.B, args.part[i].heads, args.T, args.head_dim}, x.options(), args.x.rows);
     args.part[i].out = out_of(out[i]);
   }
   return args;
@@ -176,10 +194,10 @@ AttentionRegion::AttentionRegion(int64_t width, bool causal, double scale, doubl
 
 Tensor AttentionRegion::operator()(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask,
                                    const OptionalTensor& residual) const {
-  const Tensor joined = attended(q, k, v, mask, causal_, scale_, softcap_);
+  const Tensor joined = attended(q, k, v, mask, causal_, scale_, softcap_, joined_);
   Arguments kept("int8_attention");
   const Rows rows = kept.rows(joined, width_);
-  Tensor out = at::empty({q.size(0), q.size(2), n_}, q.options());
+  Tensor out = result_.take({q.size(0), q.size(2), n_}, q.options(), rows.rows);
   run_linear(rows, {}, w_, bias_, {post_, kept.array(residual, "residual", rows.rows * n_)}, out_of(out), workspace(),
              threads());
   return out;
@@ -206,7 +224,7 @@ Tensor FfnRegion::operator()(const Tensor& x, const OptionalTensor& residual) co
   FfnArgs args = args_;
   args.x = kept.rows(x, width_);
   args.post.residual = kept.array(residual, "residual", args.x.rows * args.down.n);
-  Tensor out = at::empty(with_last(x, args.down.n), x.options());
+  Tensor out = result_.take(with_last(x, args.down.n), x.options(), args.x.rows);
   args.out = out_of(out);
   run_ffn(args, workspace(), threads());
   return out;
@@ -229,9 +247,10 @@ void check_attention(const Tensor& q, const Tensor& k, const Tensor& v) {
 }
 
 Tensor attended(const Tensor& q, const Tensor& k, const Tensor& v, const OptionalTensor& mask, bool causal,
-                double scale, double softcap) {
+                double scale, double softcap, const Result& memory) {
   check_attention(q, k, v);
-  Tensor joined = at::empty({q.size(0), q.size(2), q.size(1) * row_width(v)}, q.options().dtype(at::kFloat));
+  Tensor joined = memory.take({q.size(0), q.size(2), q.size(1) * row_width(v)}, q.options().dtype(at::kFloat),
+                              q.size(0) * q.size(2));
   attend(q, k, v, mask, causal, scale, softcap, joined);
   return joined;
 }

@@ -193,7 +193,7 @@ def test_sizes_of_other_inputs_are_read_off_them():
 def test_only_bound_inputs_are_kept():
     weights = ffn_weights()
     bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)
-    x = torch.randn(1, 1, 32)
+    x = torch.randn(1, 9, 32)  # more tokens than memory is kept for
     watched = weakref.ref(x)
     with torch.no_grad():
         out = bound(x)[0]
@@ -201,6 +201,36 @@ def test_only_bound_inputs_are_kept():
     del x
     assert watched() is None and users <= 2  # the tensor's, and that of the handle which asks
     assert torch._C._storage_Use_Count(out.untyped_storage()._cdata) <= 2
+
+
+def test_memory_is_given_again_once_nobody_holds_it():
+    weights = ffn_weights()
+    bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)
+    x, other = torch.randn(2, 1, 1, 32)
+    with torch.no_grad():
+        first, want = bound(x)[0], bound(x)[0].clone()
+        assert torch.equal(first, want)
+        part = bound(other)[0][..., 3:]
+        want_part = part.clone()
+        assert torch.equal(first, want) and torch.equal(bound(x)[0], want) and torch.equal(part, want_part)
+        place = bound(x)[0].data_ptr()
+        assert bound(other)[0].data_ptr() == place and bound(x.expand(1, 3, 32))[0].data_ptr() != place
+        shared = bound(x)[0].share_memory_()  # from here on another process may read it
+        shared_place = shared.data_ptr()
+        del shared
+        assert bound(x)[0].data_ptr() != shared_place
+
+
+def test_kept_memory_is_as_the_call_makes_it():
+    """A tensor of an inference mode stays one for good, whatever memory it has."""
+    weights = ffn_weights()
+    bound = lower(graph(ffn_graph, 1 + len(weights))).bind(range(1, 1 + len(weights)), weights)
+    x = torch.randn(1, 1, 32)
+    for inference in (True, False, True):
+        with torch.inference_mode(inference), torch.no_grad():
+            out = bound(x)[0]
+        assert out.is_inference() is inference and not out.requires_grad
+        del out
 
 
 def test_one_bound_program_in_several_threads():
