@@ -40,6 +40,41 @@ def test_generate_goes_the_short_way(two_layers: Any, shorts: list[Any]) -> None
     assert not model_state.thread.held
 
 
+def test_the_update_goes_the_short_way(two_layers: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    plain = decode_inputs._longer_by_one
+
+    def longer(kwargs: dict[str, Any]) -> dict[str, Any]:
+        calls.append(plain(kwargs))
+        return calls[-1]  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(decode_inputs, "_longer_by_one", longer)
+    compiled: Any = torch.compile(two_layers, backend="unicorn")
+    ids = torch.randint(3, 4000, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    compiled.generate(ids, attention_mask=mask, **NEW)
+    assert len(calls) == 6, "one per token"
+    assert [kwargs["attention_mask"].shape[1] for kwargs in calls] == list(range(13, 19))
+    assert [kwargs["position_ids"][:, -1].tolist() for kwargs in calls] == [[8 + i, 12 + i] for i in range(6)]
+
+
+@pytest.mark.parametrize("positions", [(3,), (2, 3), (3, 2, 3)])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool])
+def test_the_short_update_is_transformers(positions: tuple[int, ...], dtype: torch.dtype) -> None:
+    cache = DynamicCache()
+    kwargs = {
+        cache_argument(): cache,
+        "position_ids": torch.arange(3).expand(positions).contiguous(),
+        "attention_mask": torch.tensor([[0, 1, 1], [1, 1, 1]], dtype=dtype),
+        "use_cache": True,
+    }
+    short = decode_inputs._longer_by_one(kwargs)
+    plain: Any = GenerationMixin._update_model_kwargs_for_generation
+    assert decode_inputs._same(plain.__wrapped__(None, {cache_argument(): cache}, dict(kwargs)), short)
+    assert kwargs["attention_mask"].shape == (2, 3), "what was given stays as it was"
+
+
 @pytest.mark.parametrize(
     "settings", [{}, {"num_return_sequences": 2}, {"num_beams": 2}, {"cache_implementation": "static"}]
 )
@@ -50,11 +85,10 @@ def test_the_same_tokens(settings: dict[str, Any], two_layers: Any, monkeypatch:
     mask[0, :4] = 0
     settings = {**NEW, "attention_mask": mask, **settings, "do_sample": "num_return_sequences" in settings}
     drawn = []
-    for prepare in (
-        GenerationMixin.prepare_inputs_for_generation,
-        GenerationMixin.prepare_inputs_for_generation.__wrapped__,
-    ):
-        monkeypatch.setattr(GenerationMixin, "prepare_inputs_for_generation", prepare)
+    for wrapped in (True, False):
+        for name in ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation"):
+            method: Any = getattr(GenerationMixin, name)
+            monkeypatch.setattr(GenerationMixin, name, method if wrapped else method.__wrapped__)
         torch.manual_seed(0)
         drawn.append(compiled.generate(ids, **settings))
     assert torch.equal(*drawn)

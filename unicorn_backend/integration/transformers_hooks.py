@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicorn_backend.integration.decode_inputs import with_short_way
+from unicorn_backend.integration.decode_inputs import with_short_update, with_short_way
 from unicorn_backend.integration.model_state import wrap_generate
 from unicorn_backend.integration.token_choice import with_native_choice
 
@@ -74,8 +74,11 @@ def install(is_ours: Callable[[Any], bool]) -> bool:
     generation: Any = sys.modules["transformers"].GenerationMixin
     generation.generate = wrap_generate(generation.generate)
     generation._sample = with_native_choice(generation._sample, is_ours)
-    plain = generation.prepare_inputs_for_generation
-    generation.prepare_inputs_for_generation = with_short_way(plain, cache_argument(), is_ours)
+    for name, shorter in (
+        ("prepare_inputs_for_generation", with_short_way),
+        ("_update_model_kwargs_for_generation", with_short_update),
+    ):
+        setattr(generation, name, shorter(getattr(generation, name), cache_argument(), is_ours))
     caches._unicorn_installed = True
     return True
 
