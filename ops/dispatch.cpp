@@ -1,11 +1,12 @@
 // Which instruction set the kernels run with.
+#include <unistd.h>
+
 #include <atomic>
 #include <cstring>
 
 #if defined(UNICORN_HAS_AMX)
 #include <cpuid.h>
 #include <sys/syscall.h>
-#include <unistd.h>
 #endif
 
 #include "kernels.h"
@@ -75,12 +76,23 @@ std::atomic<const Kernels*>& chosen() {
 
 }  // namespace
 
+namespace {
+
+// See impl/matmul.inl.
+Prefetch prefetch_of_this_cpu() {
 #if defined(__x86_64__)
-const Prefetch prefetch =
-    (__builtin_cpu_init(), __builtin_cpu_is("intel")) ? Prefetch{0, 1024, 3072} : Prefetch{4096, 4096, 0};
-#else
-const Prefetch prefetch = {4096, 4096, 0};
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("intel")) return {0, 1024, 3072};
 #endif
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  if (sysconf(_SC_LEVEL1_DCACHE_SIZE) >= 48 << 10) return {8192, 8192, 0};  // Zen 5
+#endif
+  return {4096, 4096, 0};
+}
+
+}  // namespace
+
+const Prefetch prefetch = prefetch_of_this_cpu();
 
 const Kernels& kernels() { return *chosen().load(std::memory_order_relaxed); }
 

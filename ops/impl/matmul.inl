@@ -2,7 +2,9 @@
 // Per group the 32 products add up in int32, exactly; the groups add up in fp32 in ascending order.
 
 // How far ahead of the current group, and into which cache, weights are prefetched. Decode of w4g32 on one Zen 5 core
-// reads 23-28 GB/s with 2048 bytes into L1, 31-35 with 4096, 27-38 with 8192 (a core reads at most 38). Two Sapphire
+// reads 23-28 GB/s with 2048 bytes into L1, 31-35 with 4096, 27-38 with 8192 (a core reads at most 38). On two of them
+// the FFN of the 1B runs at 0.97 of a plain read with 4096 as with 8192 where that reads 51 GB/s; in memory where it
+// reads 79 (of longer latency: which one a process gets is the host's choice) at 0.83 and 0.87. Two Sapphire
 // Rapids cores, of at most 34.7 GB/s: w4g32 29.3 with 2048 into L2, 30.6 with 3072, 30.2 with 1024 into L1 besides;
 // w8a 30.9, and 32.2 with 1024 into L1 besides (L1 has 16 lines under way, L2 48). The choice is in dispatch.cpp. A
 // distance of 0 prefetches what is there: a test instead costs 3 % with one token, 10 % with 8. Near ones are
