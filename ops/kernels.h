@@ -89,6 +89,15 @@ struct GateArgs {
   Activations a, out;  // out: the product, quantized along its width
 };
 
+// The same where only a few gates are open. threshold: of each token, with which `gate` [rows, n] is compared.
+struct OpenGateArgs {
+  const float *gate, *threshold;
+  Weight up;
+  Array up_bias;
+  Act act;
+  Activations a, out;
+};
+
 struct RotaryArgs {
   Norm norm;
   const float* x;  // row (b, t) at x + (b * T + t) * stride, heads side by side
@@ -113,6 +122,10 @@ struct Kernels {
   void (*quantize)(const Rows& x, const Norm& norm, const Activations& a, Range rows);
   void (*linear)(const LinearArgs& args, Range tiles);  // tiles of 16 rows of the weight
   void (*gate)(const GateArgs& args, Range groups);     // groups of 32 rows of the weights
+  // threshold[row] = mean + cutoff * standard deviation of x [rows, width], width a multiple of 16.
+  void (*thresholds)(const float* x, int64_t width, float cutoff, float* threshold, Range rows);
+  // act(max(gate - threshold, 0)) * up. Tiles of `up` that only meet zeros are not read.
+  void (*open_gate)(const OpenGateArgs& args, Range groups);
   void (*norm)(const Rows& x, const Post& post, const Out& out, Range rows);
   void (*rotary)(const RotaryArgs& args, Range items);  // items (b, t, head), head fastest
   void (*embedding)(const EmbeddingArgs& args, Range ids);
@@ -145,6 +158,9 @@ struct FfnArgs {
   Act act;
   Post post;
   Out out;
+  // Of each token's gates those above mean + cutoff * standard deviation count, by what they are above it.
+  bool cut = false;
+  float cutoff = 0;
 };
 
 // Slots in the order of their experts: `hit[i]` has the slots from `first[i]` to `first[i + 1]`.

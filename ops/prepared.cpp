@@ -69,16 +69,16 @@ std::unique_ptr<Prepared> prepare_attention(const Values& a) {
       });
 }
 
-// x, norm_w, norm_eps, norm_offset, wg, wu, wd, bias, act, f, n, post_w, post_eps, post_offset, residual
+// x, norm_w, norm_eps, norm_offset, wg, wu, wd, bias, act, f, n, post_w, post_eps, post_offset, residual[, cutoff]
 std::unique_ptr<Prepared> prepare_ffn(const Values& a) {
   if (!packed(a[4]) || !packed(a[5]) || !packed(a[6])) return nullptr;
-  return prepared(
-      FfnRegion(a[0].toTensor().size(-1), tensor(a[1]), number(a[2]), a[3].toDouble(), a[4].toTensorVector(),
-                a[5].toTensorVector(), a[6].toTensorVector(), a[7].toTensorVector(), activation_of(a[8].toStringRef()),
-                a[9].toInt(), a[10].toInt(), tensor(a[11]), number(a[12]), a[13].toDouble()),
-      [](const FfnRegion& region, const IValue* const* changing, IValue* results) {
-        results[0] = region(changing[0]->toTensor(), tensor(*changing[1]));
-      });
+  return prepared(FfnRegion(a[0].toTensor().size(-1), tensor(a[1]), number(a[2]), a[3].toDouble(),
+                            a[4].toTensorVector(), a[5].toTensorVector(), a[6].toTensorVector(), a[7].toTensorVector(),
+                            activation_of(a[8].toStringRef()), a[9].toInt(), a[10].toInt(), tensor(a[11]),
+                            number(a[12]), a[13].toDouble(), a.size() > 15 ? number(a[15]) : OptionalFloat{}),
+                  [](const FfnRegion& region, const IValue* const* changing, IValue* results) {
+                    results[0] = region(changing[0]->toTensor(), tensor(*changing[1]));
+                  });
 }
 
 // Nothing of these stays; they are called without the dispatcher, some hundred times per token.
@@ -113,6 +113,7 @@ const Preparation* preparation_of(const std::string& op) {
       {"unicorn::int8_qkv", {0, 12, 13}, &prepare_qkv},
       {"unicorn::int8_attention", {0, 1, 2, 3, 13}, &prepare_attention},
       {"unicorn::int4_ffn", {0, 14}, &prepare_ffn},
+      {"unicorn::sparse_ffn", {0, 14}, &prepare_ffn},
       {"unicorn::append_rows", {0, 1, 2, 3}, &prepare_append_rows},
       {"unicorn::last_rows", {0, 1}, &prepare_last_rows},
   };

@@ -68,12 +68,14 @@ struct LinearBuffers {
 struct FfnBuffers {
   Input input;
   Activations product;
-  float* sum;
+  float *sum, *gate, *threshold;  // gate and threshold where there is a cutoff
 
   FfnBuffers(Carver& carver, const FfnArgs& args, int threads)
       : input(carver, args.x, threads),
         product(carver.activations(args.x.rows, args.gate.n)),
-        sum(rounds_only(args.post) ? nullptr : carver.take<float>(args.x.rows * args.down.n)) {}
+        sum(rounds_only(args.post) ? nullptr : carver.take<float>(args.x.rows * args.down.n)),
+        gate(args.cut ? carver.take<float>(args.x.rows * args.gate.n) : nullptr),
+        threshold(args.cut ? carver.take<float>(args.x.rows) : nullptr) {}
 };
 
 struct QkvBuffers {
@@ -117,11 +119,22 @@ void run_ffn(const FfnArgs& args, Workspace& workspace, int threads) {
   const auto buffers = carve<FfnBuffers>(workspace, args, threads);
   const Out target = direct ? args.out : Out{buffers.sum, DType::f32};
   const int64_t n = args.down.n;
-  Queue gate_queue = pair_queue(args.gate, threads), down_queue = pair_queue(args.down, threads);
+  Queue gate_queue = pair_queue(args.gate, threads), up_queue = pair_queue(args.up, threads),
+        down_queue = pair_queue(args.down, threads);
   parallel(threads, [&](const Team& team) {
     const Activations a = buffers.input.quantize(team, args.x, args.norm);
-    const GateArgs gate{args.gate, args.up, args.gate_bias, args.up_bias, args.act, a, buffers.product};
-    gate_queue.drain(team, [&](Range groups) { kernels().gate(gate, groups); });
+    if (args.cut) {
+      const LinearArgs gate{args.gate, args.gate_bias, a, {buffers.gate, DType::f32}, args.gate.n};
+      gate_queue.drain(team, [&](Range p) { kernels().linear(gate, tiles_of(p, tiles(args.gate.n))); });
+      team.barrier();
+      kernels().thresholds(buffers.gate, args.gate.n, args.cutoff, buffers.threshold, team.share(args.x.rows));
+      team.barrier();
+      const OpenGateArgs open{buffers.gate, buffers.threshold, args.up, args.up_bias, args.act, a, buffers.product};
+      up_queue.drain(team, [&](Range groups) { kernels().open_gate(open, groups); });
+    } else {
+      const GateArgs gate{args.gate, args.up, args.gate_bias, args.up_bias, args.act, a, buffers.product};
+      gate_queue.drain(team, [&](Range groups) { kernels().gate(gate, groups); });
+    }
     team.barrier();
     const LinearArgs down{args.down, args.down_bias, buffers.product, target, n};
     down_queue.drain(team, [&](Range p) { kernels().linear(down, tiles_of(p, tiles(n))); });

@@ -187,24 +187,41 @@ Tensor product_of(Act act, const Tensor& gate, const Tensor& up) {
   return at::gelu(gate, act == Act::gelu ? "none" : "tanh") * up;
 }
 
+Tensor ffn(const char* op, const Tensor& x, const OptionalTensor& norm_w, const OptionalFloat& norm_eps,
+           double norm_offset, TensorList wg, TensorList wu, TensorList wd, TensorList bias, c10::string_view act,
+           int64_t f, int64_t n, const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
+           const OptionalTensor& residual, const OptionalFloat& cutoff) {
+  const Act activation = activation_of(act);
+  if (!is_float(wg) && !is_float(wu) && !is_float(wd)) {
+    const FfnRegion region(Arguments(op).width(x), norm_w, norm_eps, norm_offset, wg, wu, wd, bias, activation, f, n,
+                           post_w, post_eps, post_offset, cutoff);
+    return region(x, residual);
+  }
+  Arguments arguments(op);
+  const auto b = arguments.biases(bias);
+  const auto type = x.scalar_type();
+  const Tensor h = normed(x, norm_w, norm_eps, norm_offset, op);
+  Tensor gate = project(h, wg, b[0], f, type, op, "wg");
+  if (cutoff) gate = at::relu(gate - (gate.mean(-1, true) + gate.std(-1, false, true) * *cutoff));
+  const Tensor up = project(h, wu, b[1], f, type, op, "wu");
+  const Tensor y = project(product_of(activation, gate, up), wd, b[2], n, type, op, "wd");
+  return finish(y, post_w, post_eps, post_offset, residual, type, op);
+}
+
 Tensor int4_ffn(const Tensor& x, const OptionalTensor& norm_w, const OptionalFloat& norm_eps, double norm_offset,
                 TensorList wg, TensorList wu, TensorList wd, TensorList bias, c10::string_view act, int64_t f,
                 int64_t n, const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
                 const OptionalTensor& residual) {
-  const Act activation = activation_of(act);
-  if (!is_float(wg) && !is_float(wu) && !is_float(wd)) {
-    const FfnRegion region(Arguments("int4_ffn").width(x), norm_w, norm_eps, norm_offset, wg, wu, wd, bias, activation,
-                           f, n, post_w, post_eps, post_offset);
-    return region(x, residual);
-  }
-  Arguments arguments("int4_ffn");
-  const auto b = arguments.biases(bias);
-  const auto type = x.scalar_type();
-  const Tensor h = normed(x, norm_w, norm_eps, norm_offset, "int4_ffn");
-  const Tensor gate = project(h, wg, b[0], f, type, "int4_ffn", "wg");
-  const Tensor up = project(h, wu, b[1], f, type, "int4_ffn", "wu");
-  const Tensor y = project(product_of(activation, gate, up), wd, b[2], n, type, "int4_ffn", "wd");
-  return finish(y, post_w, post_eps, post_offset, residual, type, "int4_ffn");
+  return ffn("int4_ffn", x, norm_w, norm_eps, norm_offset, wg, wu, wd, bias, act, f, n, post_w, post_eps, post_offset,
+             residual, {});
+}
+
+Tensor sparse_ffn(const Tensor& x, const OptionalTensor& norm_w, const OptionalFloat& norm_eps, double norm_offset,
+                  TensorList wg, TensorList wu, TensorList wd, TensorList bias, c10::string_view act, int64_t f,
+                  int64_t n, const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
+                  const OptionalTensor& residual, double cutoff) {
+  return ffn("sparse_ffn", x, norm_w, norm_eps, norm_offset, wg, wu, wd, bias, act, f, n, post_w, post_eps, post_offset,
+             residual, cutoff);
 }
 
 std::vector<std::string> isa_names() {
@@ -275,13 +292,14 @@ TORCH_LIBRARY_IMPL(unicorn, CPU, m) {
   m.impl("int8_qkv", &unicorn::int8_qkv);
   m.impl("int8_attention", &unicorn::int8_attention);
   m.impl("int4_ffn", &unicorn::int4_ffn);
+  m.impl("sparse_ffn", &unicorn::sparse_ffn);
   m.impl("activate", &unicorn::activate_all);
   m.impl("read_bytes", &unicorn::read_bytes);
 }
 
 TORCH_LIBRARY_IMPL(unicorn, Autograd, m) {
   for (const char* op :
-       {"linear", "experts_linear", "embedding", "rms_norm", "int8_qkv", "int8_attention", "int4_ffn"}) {
+       {"linear", "experts_linear", "embedding", "rms_norm", "int8_qkv", "int8_attention", "int4_ffn", "sparse_ffn"}) {
     m.impl(op, torch::CppFunction::makeFromBoxedFunction<&unicorn::inference_only>());
   }
 }

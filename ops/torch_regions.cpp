@@ -205,8 +205,10 @@ Tensor AttentionRegion::operator()(const Tensor& q, const Tensor& k, const Tenso
 
 FfnRegion::FfnRegion(int64_t width, const OptionalTensor& norm_w, const OptionalFloat& norm_eps, double norm_offset,
                      TensorList wg, TensorList wu, TensorList wd, TensorList bias, Act act, int64_t f, int64_t n,
-                     const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset)
+                     const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
+                     const OptionalFloat& cutoff)
     : arguments_("int4_ffn"), width_(width) {
+  TORCH_CHECK(!cutoff || f % kRows == 0, "unicorn::sparse_ffn: f: got ", f, ", expected a multiple of ", kRows);
   const auto b = arguments_.biases(bias);
   args_.norm = arguments_.norm(norm_w, norm_eps, norm_offset, width, "norm_w");
   args_.gate = arguments_.weight(wg, f, width, "wg");
@@ -217,6 +219,8 @@ FfnRegion::FfnRegion(int64_t width, const OptionalTensor& norm_w, const Optional
   args_.down_bias = arguments_.array(b[2], "bias[2]", n);
   args_.act = act;
   args_.post.norm = arguments_.norm(post_w, post_eps, post_offset, n, "post_w");
+  args_.cut = cutoff.has_value();
+  args_.cutoff = static_cast<float>(cutoff.value_or(0.0));
 }
 
 Tensor FfnRegion::operator()(const Tensor& x, const OptionalTensor& residual) const {

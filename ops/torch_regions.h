@@ -87,7 +87,8 @@ class FfnRegion {
  public:
   FfnRegion(int64_t width, const OptionalTensor& norm_w, const OptionalFloat& norm_eps, double norm_offset,
             TensorList wg, TensorList wu, TensorList wd, TensorList bias, Act act, int64_t f, int64_t n,
-            const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset);
+            const OptionalTensor& post_w, const OptionalFloat& post_eps, double post_offset,
+            const OptionalFloat& cutoff);
   Tensor operator()(const Tensor& x, const OptionalTensor& residual) const;
 
  private:

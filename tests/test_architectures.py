@@ -84,6 +84,26 @@ def test_every_region_is_matched_and_right(family: str, monkeypatch: pytest.Monk
     assert (got - want).abs().max() <= bound < 3 * want.std()
 
 
+def test_sparse_layers_of_gemma_3n(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two of four layers keep the 5 % largest gates of a token, as eager computes them."""
+    import transformers
+
+    sizes = {"vocab_size": 512, "vocab_size_per_layer_input": 512, "hidden_size": 64, "intermediate_size": 1024}
+    layers = {"num_hidden_layers": 4, "num_kv_shared_layers": 0, "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0]}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "hidden_size_per_layer_input": 16}
+    config = transformers.Gemma3nTextConfig(**sizes, **layers, **heads, laurel_rank=16)
+    torch.manual_seed(0)
+    model = transformers.Gemma3nForCausalLM(config).eval()
+    ids = torch.randint(3, 500, (1, 21))
+    with torch.no_grad():
+        want = model(ids).logits
+    compiled = torch.compile(model, backend="unicorn", options={"recipe": "none"})
+    with watch(monkeypatch) as ran, torch.no_grad():
+        got = compiled(ids).logits
+    assert (ran.calls["sparse_ffn"], ran.calls["int4_ffn"]) == (2, 2), ran.plans[0].left
+    assert (got - want).abs().max() < 1e-4 * want.abs().max()
+
+
 @pytest.mark.parametrize("family", ["Llama", "Gemma2", "Phi3"])
 def test_default_recipe_generates(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = build(family)

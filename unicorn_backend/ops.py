@@ -114,10 +114,13 @@ LIBRARY.define(
 # int4_ffn: pre-norm, act(x Wg^T + bg) * (x Wu^T + bu), down projection, post-norm, residual add.
 # x [..., K]; bias: [] or [bg, bu, bd]; f = FFN width, n = width out; residual [..., n] -> [..., n].
 # Between the two projections the product stays fp32 until it is quantized (a8g32).
-LIBRARY.define(
-    f"int4_ffn(Tensor x, {_NORM}, Tensor[] wg, Tensor[] wu, Tensor[] wd, Tensor[] bias, str act, int f, int n, "
-    f"{_POST}) -> Tensor"
-)
+_FFN = f"Tensor x, {_NORM}, Tensor[] wg, Tensor[] wu, Tensor[] wd, Tensor[] bias, str act, int f, int n, {_POST}"
+LIBRARY.define(f"int4_ffn({_FFN}) -> Tensor")
+
+# sparse_ffn: the same for gates of which few are open: g becomes max(g - (mean + cutoff * std), 0), with mean and
+# standard deviation (divided by f) over a token's f values; f is a multiple of 16. Rows of wu whose gates are closed
+# for all tokens are not read, 16 at a time.
+LIBRARY.define(f"sparse_ffn({_FFN}, float cutoff) -> Tensor")
 
 # Rows of a KV cache, [B, H, S, D]. What these two return is dense in its last two dims and has room behind it, so
 # that appending to it copies the new rows only; values are never shared: each result stays what it was.
@@ -232,8 +235,9 @@ def _int8_attention_fake(
     return q.new_empty((q.shape[0], q.shape[2], n))
 
 
+@torch.library.register_fake("unicorn::sparse_ffn")
 @torch.library.register_fake("unicorn::int4_ffn")
-def _int4_ffn_fake(
+def _ffn_fake(
     x: Tensor,
     norm_w: Tensor | None,
     norm_eps: float | None,
@@ -249,8 +253,9 @@ def _int4_ffn_fake(
     post_eps: float | None,
     post_offset: float,
     residual: Tensor | None,
+    cutoff: float | None = None,
 ) -> Tensor:
-    torch._check(act in ACTIVATIONS, lambda: f"int4_ffn: act must be one of {ACTIVATIONS}, got {act!r}")
+    torch._check(act in ACTIVATIONS, lambda: f"act must be one of {ACTIVATIONS}, got {act!r}")
     return x.new_empty((*x.shape[:-1], n))
 
 

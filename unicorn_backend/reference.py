@@ -175,14 +175,22 @@ def int4_ffn(
     post_eps: float | None,
     post_offset: float,
     residual: Tensor | None,
+    cutoff: float | None = None,
 ) -> Tensor:
-    """See `ops.py`. [..., K] -> [..., n]."""
+    """See `ops.py`; with a cutoff it is sparse_ffn. [..., K] -> [..., n]."""
     h = normed(x, norm_w, norm_eps, norm_offset)
     biases: list[Tensor | None] = [*bias] or [None] * 3
     bg, bu, bd = biases
     gate, up = (_linear(_as_input(h, w, x), w, b, f) for w, b in ((wg, bg), (wu, bu)))
+    if cutoff is not None:
+        gate = (gate - (gate.mean(-1, True) + cutoff * gate.std(-1, correction=0, keepdim=True))).relu()
     product = ACTIVATIONS[act](gate) * up
     return _finish(_linear(_as_input(product, wd, x), wd, bd, n), post_w, post_eps, post_offset, residual, x.dtype)
+
+
+def sparse_ffn(*args: Any) -> Tensor:
+    """See `ops.py`. [..., K] -> [..., n]."""
+    return int4_ffn(*args)
 
 
 def band_mask(queries: int, keys: int, lower: int, upper: int) -> Tensor:
@@ -198,7 +206,7 @@ def rotary_tables(positions: Tensor, inv_freq: Tensor, scale: float, dtype: torc
     return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
 
 
-REGIONS = (linear, experts_linear, embedding, rms_norm, int8_qkv, int8_attention, int4_ffn)
+REGIONS = (linear, experts_linear, embedding, rms_norm, int8_qkv, int8_attention, int4_ffn, sparse_ffn)
 FUNCTIONS: dict[str, Callable[..., Any]] = {f.__name__: f for f in (*REGIONS, band_mask, rotary_tables)}
 
 

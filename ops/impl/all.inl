@@ -13,6 +13,7 @@
 // uses matmul.inl
 #include "probe.inl"
 
-#define UNICORN_KERNELS(isa)          \
-  extern const Kernels kernels_##isa; \
-  const Kernels kernels_##isa = {#isa, quantize, linear, gate, norm, rotary, embedding, activations, read, dots};
+#define UNICORN_KERNELS(isa)                                                                    \
+  extern const Kernels kernels_##isa;                                                           \
+  const Kernels kernels_##isa = {#isa, quantize, linear,    gate,        thresholds, open_gate, \
+                                 norm, rotary,   embedding, activations, read,       dots};

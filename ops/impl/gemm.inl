@@ -332,10 +332,51 @@ void gate_group(const GateArgs& p, int64_t group, Range tokens) {
   }
 }
 
-void gate(const GateArgs& p, Range groups) {
+void open_gate_group(const OpenGateArgs& p, int64_t group, Range tokens) {
+  alignas(64) float y[kMostTokens * 2 * kRows], product[kMostTokens * kGroup];
+  const int64_t n = p.up.n, tiles = (n + kRows - 1) / kRows, count = tokens.end - tokens.begin;
+  bool open[2] = {false, false};
+  for (int64_t t = 0; t < count; ++t) {
+    const float* gate = p.gate + (tokens.begin + t) * n;
+    const vf threshold = set(p.threshold[tokens.begin + t]);
+    for (int64_t half = 0; half < 2; ++half) {
+      const int64_t tile = 2 * group + half;
+      const vf above = tile < tiles ? max(zero(), sub(load(gate + tile * kRows), threshold)) : zero();
+      store(product + t * kGroup + half * kRows, above);
+      open[half] |= amax(above, above) != 0;
+    }
+  }
+  int64_t step = 2 * kRows, other = kRows;
+  if (!(open[0] && open[1] && multiply_two({p.up, 2 * group}, {p.up, 2 * group + 1}, p.a, tokens, y))) {
+    step = kRows;
+    other = count * kRows;
+    for (int64_t half = 0; half < 2; ++half) {
+      if (open[half]) multiply({p.up, 2 * group + half}, p.a, tokens, y + half * other);
+    }
+  }
+  for (int64_t half = 0; half < 2; ++half) {
+    if (!open[half]) continue;
+    const int64_t row = (2 * group + half) * kRows;
+    for (int64_t t = 0; t < count; ++t) {
+      float* to = product + t * kGroup + half * kRows;
+      store(to, mul(activate(p.act, load(to)), with_bias(y + half * other + t * step, p.up_bias, row, n)));
+    }
+  }
+  for (int64_t t = 0; t < count; ++t) {
+    const float* from = product + t * kGroup;
+    Token(p.out, tokens.begin + t).quantize(group, load(from), load(from + kRows));
+  }
+}
+
+template <class Args>
+void by_chunks(const Args& p, Range groups, void (*one)(const Args&, int64_t, Range)) {
   const int64_t chunk = chunk_tokens(p.a);
   for (int64_t begin = 0; begin < p.a.rows; begin += chunk) {
     const Range tokens{begin, begin + chunk < p.a.rows ? begin + chunk : p.a.rows};
-    for (int64_t group = groups.begin; group < groups.end; ++group) gate_group(p, group, tokens);
+    for (int64_t group = groups.begin; group < groups.end; ++group) one(p, group, tokens);
   }
 }
+
+void open_gate(const OpenGateArgs& p, Range groups) { by_chunks(p, groups, &open_gate_group); }
+
+void gate(const GateArgs& p, Range groups) { by_chunks(p, groups, &gate_group); }

@@ -48,6 +48,21 @@ float inverse_rms(const Array& x, int64_t begin, int64_t width, float eps) {
   return 1.0f / __builtin_sqrtf(reduce_add(sum) / static_cast<float>(width) + eps);
 }
 
+void thresholds(const float* x, int64_t width, float cutoff, float* threshold, Range rows) {
+  const float count = static_cast<float>(width);
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const float* values = x + row * width;
+    vf sum = zero(), squares = zero();
+    for (int64_t k = 0; k < width; k += 16) sum = add(sum, load(values + k));
+    const float mean = reduce_add(sum) / count;
+    for (int64_t k = 0; k < width; k += 16) {
+      const vf distance = sub(load(values + k), set(mean));
+      squares = fma(distance, distance, squares);
+    }
+    threshold[row] = mean + cutoff * __builtin_sqrtf(reduce_add(squares) / count);
+  }
+}
+
 // One row under a norm, 16 elements at a time.
 struct NormedRow {
   const Array& x;

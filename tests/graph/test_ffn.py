@@ -53,6 +53,44 @@ def test_gated_feed_forward_is_taken(act: str, fused: bool, swap: bool, bias: bo
     assert not any(n.target is torch.ops.aten.linear.default for n in gm.graph.nodes)
 
 
+def cut(gate: torch.Tensor, sparsity: float) -> torch.Tensor:
+    """As Gemma 3n does it."""
+    distance = torch.distributions.Normal(0, 1).icdf(torch.tensor(sparsity)).to(gate.dtype)
+    mean, std = gate.mean(-1, keepdim=True), torch.std(gate, dim=-1, keepdim=True, unbiased=False)
+    return F.relu(gate - (mean + std * distance))
+
+
+def test_a_cut_gate_makes_it_sparse() -> None:
+    a, b, c = (nn.Parameter(torch.randn(rows, k)) for rows, k in ((WIDTH, H), (WIDTH, H), (H, WIDTH)))
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        return F.linear(F.gelu(cut(F.linear(x, a), 0.95), approximate="tanh") * F.linear(x, b), c)
+
+    x = torch.randn(2, 3, H)
+    gm, match, _ = trace(block, x)[0]
+    assert kinds(match) == ["ffn"] and not match.reasons
+    targets = [n.target for n in gm.graph.nodes if n.op == "call_function"]
+    assert torch.ops.aten.std.dim not in targets and torch.ops.aten.linear.default not in targets
+    node = next(n for n in gm.graph.nodes if n.target is torch.ops.unicorn.sparse_ffn.default)
+    assert node.args[-1] == pytest.approx(1.6448536, abs=1e-6)
+
+
+@pytest.mark.parametrize("other", ["mean of something else", "a cutoff from the input", "half open"])
+def test_other_cuts_are_left(other: str) -> None:
+    a, b, c = (nn.Parameter(torch.randn(rows, k)) for rows, k in ((WIDTH, H), (WIDTH, H), (H, WIDTH)))
+
+    def block(x: torch.Tensor) -> torch.Tensor:
+        gate, up = F.linear(x, a), F.linear(x, b)
+        mean = (up if other == "mean of something else" else gate).mean(-1, keepdim=True)
+        factor = x.amax() if other == "a cutoff from the input" else torch.tensor(1.5)
+        above = gate - (mean + gate.std(-1, unbiased=other == "half open", keepdim=True) * factor)
+        return F.linear(F.silu(F.relu(above)) * up, c)
+
+    gm, match, _ = trace(block, torch.randn(2, 3, H))[0]
+    assert not match.regions
+    assert torch.ops.unicorn.sparse_ffn.default not in {n.target for n in gm.graph.nodes}
+
+
 def test_pre_norm_post_norm_and_residual_are_absorbed() -> None:
     module, first, second = Gated(), nn.Parameter(torch.randn(H)), nn.Parameter(torch.randn(H))
 

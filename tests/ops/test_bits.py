@@ -73,6 +73,15 @@ def test_ffn(act: str, m: int) -> None:
     same(everywhere(lambda: OPS.int4_ffn(*args)))
 
 
+@pytest.mark.parametrize("m", [1, 13, 45])
+def test_sparse_ffn(m: int) -> None:
+    on = {"pre": True, "post": True, "residual": True, "bias": True}
+    args = ffn_args(m, 100, 496, 70, ("w4g32", "w8c", "w8a"), torch.float32, **on)
+    same(everywhere(lambda: OPS.sparse_ffn(*args, 1.2)))
+    whole = OPS.sparse_ffn(*args, 1.2)
+    assert torch.equal(OPS.sparse_ffn(args[0][:1], *args[1:-1], args[-1][:1], 1.2), whole[:1])
+
+
 @pytest.mark.parametrize("t", [1, 13])
 def test_qkv(t: int) -> None:
     args = qkv_args(1, t, 100, (4, 2, 40), "w4g32", torch.float32, pre=True, norm=True, rotary=True, bias=True)

@@ -28,6 +28,7 @@ def calls() -> dict[str, tuple[Any, ...]]:
         "int8_qkv": tuple(qkv),
         "int8_attention": (heads, kv, kv + 1, None, True, 0.25, 0.0, w, None, 32, torch.rand(32), 1e-6, 0.0, None),
         "int4_ffn": tuple(ffn),
+        "sparse_ffn": (*ffn, 0.5),
     }
 
 

@@ -46,6 +46,37 @@ def test_ffn_activations_and_options(isa: str, act: str, options: tuple[bool, bo
     assert_within(OPS.int4_ffn(*args), ffn(*args))
 
 
+@pytest.mark.parametrize("schemes", [("w4g32",) * 3, ("w8c", "w4g32", "w8a")], ids="-".join)
+@pytest.mark.parametrize("cutoff", [1.6449, 0.5, -0.5])
+@pytest.mark.parametrize("m", [1, 3, 45])
+def test_sparse_ffn(isa: str, threads: int, schemes: tuple[str, str, str], cutoff: float, m: int) -> None:
+    args = ffn_args(m, 100, 1008, 37, schemes, torch.float32, pre=True, post=m > 1, residual=True, bias=m == 3)
+    assert_within(OPS.sparse_ffn(*args, cutoff), ffn(*args, cutoff))
+
+
+@pytest.mark.parametrize("m", [1, 40])
+def test_sparse_ffn_reads_only_open_rows(isa: str, m: int) -> None:
+    """Rows of `up` that would make everything NaN, behind gates that are closed for all tokens."""
+    args = ffn_args(m, 64, 256, 48, ("w4g32",) * 3, torch.float32, bias=True)
+    args[7][0] = torch.cat([torch.full((128,), 60.0), torch.full((128,), -60.0)])  # gates of the first half are open
+    clean = OPS.sparse_ffn(*args, 0.0)
+    q, scales = args[5]
+    scales = scales.clone()
+    scales[8:] = float("nan")
+    args[5] = [q, scales]
+    assert clean.isfinite().all() and torch.equal(OPS.sparse_ffn(*args, 0.0), clean)
+    assert OPS.int4_ffn(*args).isnan().all()
+
+
+def test_sparse_ffn_with_float_weights_and_odd_widths() -> None:
+    args = ffn_args(5, 64, 96, 48, ("w4g32",) * 3, torch.bfloat16, pre=True, post=True, residual=True)
+    args[4] = make_weight(96, 64, "bfloat16")
+    got, want = OPS.sparse_ffn(*args, 0.5).float(), reference.sparse_ffn(*args, 0.5).float()
+    assert (got - want).norm() < 0.01 * want.norm()
+    with pytest.raises(RuntimeError, match="sparse_ffn: f: got 72, expected a multiple of 16"):
+        OPS.sparse_ffn(*ffn_args(1, 64, 72, 48, ("w4g32",) * 3, torch.float32), 1.0)
+
+
 @pytest.mark.parametrize("schemes", [("bfloat16",) * 3, ("bfloat16", "w4g32", "w8c"), ("w4g32", "w8c", "bfloat16")])
 def test_ffn_with_float_weights(schemes: tuple[str, str, str]) -> None:
     """Float weights round like eager: the bound is bf16 roundings between the steps, not derived further."""

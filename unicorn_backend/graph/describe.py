@@ -17,6 +17,7 @@ from unicorn_backend.plan import Left, Plan, Step
 # op -> (kind, positions of its weight lists)
 OPS: dict[Any, tuple[str, tuple[int, ...]]] = {
     unicorn.int4_ffn.default: ("ffn", (4, 5, 6)),
+    unicorn.sparse_ffn.default: ("ffn", (4, 5, 6)),
     unicorn.int8_attention.default: ("attention", (7,)),
     unicorn.int8_qkv.default: ("qkv", (4, 5, 6)),
     unicorn.linear.default: ("linear", (1,)),

@@ -12,7 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
+from torch.fx.node import map_arg
 
 from unicorn_backend import ops  # noqa: F401  (defines torch.ops.unicorn)
 
@@ -118,6 +120,44 @@ def same_size(a: Any, b: Any) -> bool:
 def same_shape(a: Node, b: Node) -> bool:
     sa, sb = shape(a), shape(b)
     return len(sa) == len(sb) and all(same_size(x, y) for x, y in zip(sa, sb, strict=True))
+
+
+def number(node: Any) -> float | None:
+    """The number that `node` is, or the only element of a tensor that is computed without any input; else None."""
+    if not isinstance(node, Node):
+        return float(node) if isinstance(node, (int, float)) else None
+    values: dict[Node, Any] = {}
+    for part in sorted(ancestors := _ancestors(node), key=ordering(node.graph).__getitem__):
+        if part.op == "get_attr":
+            values[part] = operator.attrgetter(str(part.target))(part.graph.owning_module)
+        elif not isinstance(part.target, OpOverload) and part.target is not operator.getitem:
+            return None
+        elif torch.Tag.nondeterministic_seeded in getattr(part.target, "tags", ()):
+            return None
+        else:
+            args, kwargs = (map_arg(given, values.__getitem__) for given in (part.args, part.kwargs))
+            values[part] = part.target(*args, **kwargs)
+        if any(_writes(user) and user not in ancestors for user in part.users):
+            return None
+    result = values.get(node)
+    return float(result) if isinstance(result, torch.Tensor) and result.numel() == 1 else None
+
+
+def _ancestors(node: Node) -> set[Node]:
+    """`node` and all that it is computed from; nothing if that is much, or an input."""
+    found: set[Node] = set()
+    queue = [node]
+    while queue:
+        part = queue.pop()
+        if part.op not in ("call_function", "get_attr") or len(found) > 64:
+            return set()
+        queue += [other for other in part.all_input_nodes if other not in found]
+        found.add(part)
+    return found
+
+
+def _writes(node: Node) -> bool:
+    return isinstance(node.target, OpOverload) and bool(node.target._schema.is_mutable)
 
 
 def operands(node: Node, match: Callable[[Any], T | None]) -> tuple[T, Any] | None:

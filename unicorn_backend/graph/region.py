@@ -23,9 +23,13 @@ class Ffn:
     act: str
     norm: Norm | None
     tail: Tail
+    cutoff: float | None = None  # see `sparse_ffn`
 
     kind = "ffn"
-    op = "unicorn::int4_ffn"
+
+    @property
+    def op(self) -> str:
+        return "unicorn::int4_ffn" if self.cutoff is None else "unicorn::sparse_ffn"
 
     @property
     def linears(self) -> tuple[Linear, ...]:

@@ -137,7 +137,10 @@ def _place_ffn(gm: GraphModule, ffn: Ffn) -> str | None:
         weights = [weight_arguments(gm, linear) for linear in ffn.linears]
         biases = [b for linear in ffn.linears if (b := bias_argument(gm, linear)) is not None]
         args = (x, *_norm_args(ffn.norm), *weights, biases, ffn.act, ffn.gate.n, ffn.down.n, *_tail_args(ffn.tail))
-        fused = _emit(gm, unicorn.int4_ffn.default, args)
+        if ffn.cutoff is None:
+            fused = _emit(gm, unicorn.int4_ffn.default, args)
+        else:
+            fused = _emit(gm, unicorn.sparse_ffn.default, (*args, ffn.cutoff))
     _replace(ffn.tail.out, fused)
     return None
 
