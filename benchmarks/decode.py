@@ -27,6 +27,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--also", action="append", default=[], metavar="RECIPE", help="a further recipe of our own")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=LLAMA_BENCH")
     parser.add_argument("--gguf", type=Path)
     args = parser.parse_args()
@@ -34,7 +35,7 @@ def main() -> None:
     RESULTS.mkdir(exist_ok=True)
     peers = [bench.Peer.parse(spec, args.gguf) for spec in args.peer]
     for name in args.models:
-        work = bench.Workload(name, args.prompt_tokens, args.new_tokens, args.rounds)
+        work = bench.Workload(name, args.prompt_tokens, args.new_tokens, args.rounds, also=tuple(args.also))
         result = bench.bench(work, peers=peers)
         path = RESULTS / f"decode-{Path(name).name}.json"
         path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -291,17 +291,18 @@ def test_explain_places_measures_and_draws(tmp_path: Path) -> None:
 def test_bench_measures_and_writes_json(tmp_path: Path) -> None:
     out = tmp_path / "result.json"
     args = ("bench", "-p", "16", "-n", "4", "--rounds", "2", "--context", "40", "--output", str(out))
-    text = call(*args)
+    text = call(*args, "--also", "q4")
     result = json.loads(out.read_text())
-    ours, eager = result["systems"]
-    assert (ours["name"], eager["name"]) == ("unicorn", "eager bf16")
+    ours, smaller, eager = result["systems"]
+    assert (ours["name"], smaller["name"], eager["name"]) == ("unicorn", "unicorn, q4", "eager bf16")
+    assert smaller["bytes_per_token"]["weights"] < ours["bytes_per_token"]["weights"]
     assert len(ours["decode_tok_s"]["all"]) == 2
     assert ours["bytes_per_token"]["weights"] < 0.6 * eager["bytes_per_token"]["weights"]
     assert ours["decode_ratio"] > 0 and eager["decode_ratio"] == 1
     assert result["provenance"]["torch"] and result["bandwidth"]["ceiling_gbps"] > 0
     assert "unicorn" in text and "eager bf16" in text
     (at,) = result["contexts"]
-    assert at["prompt_tokens"] == 40 and [row["name"] for row in at["systems"]] == ["unicorn", "eager bf16"]
+    assert at["prompt_tokens"] == 40 and [row["name"] for row in at["systems"]] == ["unicorn", "unicorn, q4", "eager bf16"]
     assert all(row["first_token_s"] > 0 and row["decode_tok_s"] > 0 for row in at["systems"])
     result["recipe"], result["systems"][0]["decode_tok_s"]["median"] = "q4", ours["decode_tok_s"]["median"] * 2
     (tmp_path / "other.json").write_text(json.dumps(result))

@@ -440,6 +440,7 @@ def explain(
 def bench(
     model: Model = "tiny",
     recipe: Recipe = "default",
+    also: Annotated[list[str] | None, typer.Option(metavar="RECIPE", help="A further recipe; repeat.")] = None,
     device: Devices = None,
     policy: Policy = "speed",
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", "-p", min=1)] = 128,
@@ -476,7 +477,7 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     options = _options(recipe, device, policy)
-    work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, options, tuple(context or ()))
+    work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, options, tuple(context or ()), tuple(also or ()))
     result = benchmark.bench(work, eager=eager, peers=[benchmark.Peer.parse(spec, gguf) for spec in peer or ()])
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

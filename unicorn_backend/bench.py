@@ -100,6 +100,7 @@ class Workload:
     rounds: int = 5
     options: Mapping[str, Any] = field(default_factory=dict)  # of our own compiled model
     contexts: tuple[int, ...] = ()  # further prompt lengths: first token and decode speed at each
+    also: tuple[str, ...] = ()  # further recipes of our own
 
 
 @dataclass(frozen=True)
@@ -171,10 +172,13 @@ def _at_context(systems: Sequence[System], work: Workload, tokens: int) -> dict[
 
 
 def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peers: Sequence[Peer]) -> list[System]:
-    """unicorn first, then eager bf16, then the peers."""
-    quantized = copy.deepcopy(original) if eager else original
-    unicorn_backend.quantize(quantized, recipe=work.options.get("recipe") or "default")
-    named = {"unicorn": torch.compile(quantized, backend="unicorn", options=dict(work.options))}
+    """unicorn first, its further recipes, then eager bf16, then the peers."""
+    named = {}
+    for recipe in (work.options.get("recipe") or "default", *work.also):
+        quantized = copy.deepcopy(original) if eager or work.also else original
+        unicorn_backend.quantize(quantized, recipe=recipe)
+        name = "unicorn" if not named else f"unicorn, {recipe}"
+        named[name] = torch.compile(quantized, backend="unicorn", options={**work.options, "recipe": recipe})
     if eager:
         named["eager bf16"] = original
     systems = [_hugging_face(name, model, ids, work) for name, model in named.items()]
