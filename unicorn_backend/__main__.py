@@ -477,7 +477,8 @@ def bench(
     if threads:
         torch.set_num_threads(threads)
     options = _options(recipe, device, policy)
-    work = benchmark.Workload(model, prompt_tokens, new_tokens, rounds, options, tuple(context or ()), tuple(also or ()))
+    sizes = prompt_tokens, new_tokens, rounds
+    work = benchmark.Workload(model, *sizes, options, tuple(context or ()), tuple(also or ()))
     result = benchmark.bench(work, eager=eager, peers=[benchmark.Peer.parse(spec, gguf) for spec in peer or ()])
     if output is not None:
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
