@@ -236,7 +236,7 @@ void merge_row(const AttentionArgs& a, const Plan& p, int64_t head, int64_t r) {
 
 template <DType T>
 void run_decode(const AttentionArgs& a, const Plan& p) {
-  const int64_t tasks = a.Hkv * p.most_blocks, rows = a.Hkv * p.rows;  // per sequence
+  const int64_t tasks = a.Hkv * p.most_blocks, rows = a.Hkv * p.rows;                               // per sequence
   const int64_t threads = a.threads > 0 ? a.threads : 1, run = ceil_div(a.B * tasks, 2 * threads);  // tasks at a time
   float* base = static_cast<float*>(a.workspace) + p.shared;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)

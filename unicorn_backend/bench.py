@@ -173,7 +173,7 @@ def _at_context(systems: Sequence[System], work: Workload, tokens: int) -> dict[
 
 def _systems(original: Any, work: Workload, ids: torch.Tensor, eager: bool, peers: Sequence[Peer]) -> list[System]:
     """unicorn first, its further recipes, then eager bf16, then the peers."""
-    named = {}
+    named: dict[str, Any] = {}
     for recipe in (work.options.get("recipe") or "default", *work.also):
         quantized = copy.deepcopy(original) if eager or work.also else original
         unicorn_backend.quantize(quantized, recipe=recipe)
