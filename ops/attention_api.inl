@@ -43,6 +43,12 @@ struct Plan {
   int64_t shared, scratch;      // floats: decode partial results; per thread
 };
 
+// Keys per block of a decode call that sees so many.
+int64_t decode_block(int64_t keys) {
+  const int64_t block = round_up(ceil_div(keys, kDecodeBlocks), kDecodeMinBlock);
+  return block > kDecodeBlock ? kDecodeBlock : block < kDecodeMinBlock ? kDecodeMinBlock : block;
+}
+
 Plan make_plan(const AttentionArgs& a) {
   Plan p{};
   p.group = a.H / (a.Hkv ? a.Hkv : 1);
@@ -52,9 +58,7 @@ Plan make_plan(const AttentionArgs& a) {
   p.decode = a.T <= kDecodeT && p.rows_total <= kDecodeMax;
   if (p.decode) {
     p.rows = p.rows_total;
-    p.block = round_up(ceil_div(a.S, kDecodeBlocks), kDecodeMinBlock);
-    if (p.block > kDecodeBlock) p.block = kDecodeBlock;
-    if (p.block < kDecodeMinBlock) p.block = kDecodeMinBlock;
+    p.block = decode_block(a.S);
     p.blocks = ceil_div(a.S, p.block);
     const int64_t shortest = ceil_div(a.S, kDecodeMinBlock);
     p.most_blocks = shortest < kDecodeBlocks ? shortest : p.blocks > kDecodeBlocks ? p.blocks : kDecodeBlocks;

@@ -11,15 +11,16 @@ template <DType T>
 constexpr int64_t kLine = 64 / int64_t(sizeof(typename Element<T>::type));
 
 // x[R] = q[R] k for one key: K is read strictly in order. Four keys at a time would load q a quarter as often,
-// but the hardware prefetcher follows four interleaved rows at little more than half the speed.
+// but the hardware prefetcher follows four interleaved rows at little more than half the speed. A row is summed in the
+// same order whatever R is, or several tokens in one call would not get the bits of one after another.
 template <DType T, int R>
 void decode_scores_tile(const typename Element<T>::type* k, const typename Element<T>::type* v, int64_t n,
                         const float* q, int64_t ldq, float* x, int64_t ldx) {
-  constexpr int step = Dot<T>::step, parts = 4 / R;  // four sums at a time hide the latency of the addition
+  constexpr int step = Dot<T>::step, parts = 2;  // two sums per row hide some of the latency of the addition
   const float scale = scale_of<T>(k, n);
-  vf c[4];
+  vf c[parts][4];
 #pragma GCC unroll 8
-  for (int i = 0; i < 4; ++i) c[i] = set1(0.0f);
+  for (int i = 0; i < 4; ++i) c[0][i] = c[1][i] = set1(0.0f);
   int64_t d = 0;
   for (; d + parts * step <= n; d += parts * step, q += parts * W) {
 #pragma GCC unroll 8
@@ -27,21 +28,19 @@ void decode_scores_tile(const typename Element<T>::type* k, const typename Eleme
       if (step >= kLine<T> || (d + j * step) % kLine<T> == 0) __builtin_prefetch(v + d + j * step, 0, 3);
       const vf y = Dot<T>::load(k + d + j * step);
 #pragma GCC unroll 8
-      for (int i = 0; i < R; ++i) c[i * parts + j] = Dot<T>::add(c[i * parts + j], load(q + i * ldq + j * W), y);
+      for (int i = 0; i < R; ++i) c[j][i] = Dot<T>::add(c[j][i], load(q + i * ldq + j * W), y);
     }
   }
   for (; d < n; d += step, q += W) {
     const vf y = n - d >= step ? Dot<T>::load(k + d) : Dot<T>::part(k + d, n - d);
 #pragma GCC unroll 8
-    for (int i = 0; i < R; ++i) c[i * parts] = Dot<T>::add(c[i * parts], load(q + i * ldq), y);
+    for (int i = 0; i < R; ++i) c[0][i] = Dot<T>::add(c[0][i], load(q + i * ldq), y);
   }
+#pragma GCC unroll 8
+  for (int i = 0; i < R; ++i) c[0][i] = fma(c[1][i], set1(1.0f), c[0][i]);
   float sums[4];
-  reduce4(c[0], c[1], c[2], c[3], sums);
-  for (int i = 0; i < R; ++i) {
-    float y = sums[i * parts];
-    for (int j = 1; j < parts; ++j) y += sums[i * parts + j];
-    x[i * ldx] = T == DType::i8 ? y * scale : y;
-  }
+  reduce4(c[0][0], c[0][1], c[0][2], c[0][3], sums);
+  for (int i = 0; i < R; ++i) x[i * ldx] = T == DType::i8 ? sums[i] * scale : sums[i];
 }
 
 // o[R][d ..] += x[R][lo..hi) v[lo..hi)[d ..], C vectors wide. V came in with the scores; meanwhile the keys of the
@@ -138,24 +137,53 @@ float* partial_sums(const AttentionArgs& a, const Plan& p, int64_t task, int64_t
   return static_cast<float*>(a.workspace) + heads + (task * p.rows + row) * p.dv;
 }
 
-// Keys at the start that a boolean mask hides from every query of sequence b.
+struct Keys {
+  int64_t first, end;
+};
+
+// The keys that query t of sequence b sees, as far as causality and a boolean mask tell.
+Keys visible_keys(const AttentionArgs& a, int64_t b, int64_t t) {
+  const int64_t last = a.causal ? a.S - a.T + t + 1 : a.S;
+  if (a.mask_kind != MaskKind::boolean) return {0, last};
+  Keys keys{last, 0};
+  for (int64_t h = 0; h < (a.mask_stride[1] ? a.H : 1); ++h) {
+    const char* row = mask_row(a, b, h, t);
+    int64_t s = 0, end = last;
+    if (a.mask_stride[3] == 1) {
+      const void* visible = __builtin_memchr(row, 1, keys.first);
+      s = visible ? static_cast<const char*>(visible) - row : keys.first;
+    } else {
+      while (s < keys.first && !row[s * a.mask_stride[3]]) ++s;
+    }
+    while (end > keys.end && !row[(end - 1) * a.mask_stride[3]]) --end;
+    keys = {s, end};
+  }
+  return keys;
+}
+
+// Keys at the start that every query of sequence b does not see.
 int64_t hidden_keys(const AttentionArgs& a, int64_t b) {
   if (a.mask_kind != MaskKind::boolean) return 0;
   int64_t hidden = a.S;
-  for (int64_t h = 0; h < (a.mask_stride[1] ? a.H : 1); ++h) {
-    for (int64_t t = 0; t < a.T; ++t) {
-      const char* row = mask_row(a, b, h, t);
-      if (a.mask_stride[3] == 1) {
-        const void* visible = __builtin_memchr(row, 1, hidden);
-        if (visible) hidden = static_cast<const char*>(visible) - row;
-      } else {
-        int64_t s = 0;
-        while (s < hidden && !row[s * a.mask_stride[3]]) ++s;
-        hidden = s;
-      }
-    }
+  for (int64_t t = 0; t < a.T; ++t) {
+    const int64_t first = visible_keys(a, b, t).first;
+    hidden = first < hidden ? first : hidden;
   }
   return hidden;
+}
+
+// True if some query's blocks of keys would not be those that it has in a call of its own: a full sliding window starts
+// at another key for each token. Then the tokens go one by one, so that several in a call get the same bits; their keys
+// come from the caches.
+bool tokens_differ(const AttentionArgs& a) {
+  for (int64_t b = 0; b < a.B && a.T > 1; ++b) {
+    const int64_t hidden = hidden_keys(a, b), block = decode_block(a.S - hidden);
+    for (int64_t t = 0; t < a.T; ++t) {
+      const Keys keys = visible_keys(a, b, t);
+      if (keys.first != hidden || decode_block(keys.end - keys.first) != block) return true;
+    }
+  }
+  return false;
 }
 
 // Sequence b of a batch by itself, from its first visible key: what pads a shorter sequence on the left changes neither
@@ -174,6 +202,19 @@ AttentionArgs sequence(const AttentionArgs& a, const Plan& p, int64_t b) {
   if (skip) one.mask = static_cast<const char*>(one.mask) + skip * a.mask_stride[3];
   one.out = a.out + b * a.T * a.H * a.Dv;
   one.workspace = static_cast<float*>(a.workspace) + b * (p.shared / a.B);
+  return one;
+}
+
+// Query t of one sequence by itself.
+template <DType T>
+AttentionArgs token(const AttentionArgs& a, int64_t t) {
+  constexpr DType Q = T == DType::i8 ? DType::f32 : T;
+  AttentionArgs one = a;
+  one.S = visible_keys(a, 0, t).end;
+  one.T = 1;
+  one.q = row_of<Q>(a.q, t * a.q_stride[2]);
+  if (a.mask_kind != MaskKind::none) one.mask = mask_row(a, 0, 0, t);
+  one.out = a.out + t * a.H * a.Dv;
   return one;
 }
 
@@ -236,8 +277,16 @@ void merge_row(const AttentionArgs& a, const Plan& p, int64_t head, int64_t r) {
 
 template <DType T>
 void run_decode(const AttentionArgs& a, const Plan& p) {
+  if (tokens_differ(a)) {
+    for (int64_t i = 0; i < a.B * a.T; ++i) {
+      AttentionArgs one = token<T>(sequence<T>(a, p, i / a.T), i % a.T);
+      one.workspace = a.workspace;
+      run_decode<T>(one, make_plan(one));
+    }
+    return;
+  }
   const int64_t tasks = a.Hkv * p.most_blocks, rows = a.Hkv * p.rows;                               // per sequence
-  const int64_t threads = a.threads > 0 ? a.threads : 1, run = ceil_div(a.B * tasks, 2 * threads);  // tasks at a time
+  const int64_t threads = a.threads > 0 ? a.threads : 1, run = ceil_div(a.B * tasks + 1, 2 * threads);  // tasks at a time
   float* base = static_cast<float*>(a.workspace) + p.shared;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {

@@ -208,6 +208,24 @@ def test_padding_on_the_left_changes_no_bit(core: Core, isa: str, t: int) -> Non
         assert torch.equal(together[i], alone[0]), n
 
 
+@pytest.mark.parametrize("group", (1, 2, 4))
+@pytest.mark.parametrize("keys", (300, 2050), ids=str)  # from 2049 keys on blocks are longer
+@pytest.mark.parametrize("width", (100, 5000))  # of the sliding window
+def test_several_tokens_get_the_bits_of_one_after_another(
+    core: Core, isa: str, group: int, keys: int, width: int
+) -> None:
+    """What speculative decoding relies on."""
+    t = 8 // group + 1 if group > 1 else 8
+    dtype = torch.bfloat16 if group == 2 else torch.float32
+    q, k, v = (torch.randn(1, h, n, 192).to(dtype) for h, n in ((2 * group, t), (2, keys), (2, keys)))
+    together = core.prepare(q, k, v, window(t, keys, width), scale=0.125)().clone()
+    for i in range(t):
+        end = keys - t + i + 1
+        seen = slice(max(end - width, 0), end)
+        alone = core.prepare(q[:, :, i : i + 1], k[:, :, seen], v[:, :, seen], causal=True, scale=0.125)()
+        assert torch.equal(together[:, i], alone[:, 0]), i
+
+
 @pytest.mark.parametrize("t", (1, 40))
 def test_what_is_masked_does_not_leak(core: Core, isa: str, t: int) -> None:
     """Keys outside a sliding window are not read into the result, whatever a cache holds there."""
