@@ -285,8 +285,9 @@ void run_decode(const AttentionArgs& a, const Plan& p) {
     }
     return;
   }
-  const int64_t tasks = a.Hkv * p.most_blocks, rows = a.Hkv * p.rows;                               // per sequence
-  const int64_t threads = a.threads > 0 ? a.threads : 1, run = ceil_div(a.B * tasks + 1, 2 * threads);  // tasks at a time
+  const int64_t tasks = a.Hkv * p.most_blocks, rows = a.Hkv * p.rows;  // per sequence
+  const int64_t threads = a.threads > 0 ? a.threads : 1;
+  const int64_t run = ceil_div(a.B * tasks + 1, 2 * threads);  // tasks that a thread takes at a time
   float* base = static_cast<float*>(a.workspace) + p.shared;
 #pragma omp parallel num_threads(a.threads) if (a.threads > 1)
   {
