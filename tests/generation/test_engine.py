@@ -7,6 +7,7 @@ import io
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -84,7 +85,15 @@ def test_cancelling_keeps_what_was_computed(engine: Engine) -> None:
     assert engine.generate(ids, Settings(4)).reused_tokens == len(ids) - 1
 
 
-def test_an_interrupt_stops_the_answer_and_not_the_program(engine: Engine) -> None:
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's own handler: in the background of a shell tests start with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_an_interrupt_stops_the_answer_and_not_the_program(engine: Engine, interruptible: None) -> None:
     before, threads, screen = signal.getsignal(signal.SIGINT), set(), io.StringIO()
 
     def ask(on_text: Any, cancelled: threading.Event) -> Result:
