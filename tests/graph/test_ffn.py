@@ -75,7 +75,7 @@ def test_a_cut_gate_makes_it_sparse() -> None:
     assert node.args[-1] == pytest.approx(1.6448536, abs=1e-6)
 
 
-@pytest.mark.parametrize("other", ["mean of something else", "a cutoff from the input", "half open"])
+@pytest.mark.parametrize("other", ["mean of something else", "a cutoff from the input", "half open", "alpha"])
 def test_other_cuts_are_left(other: str) -> None:
     a, b, c = (nn.Parameter(torch.randn(rows, k)) for rows, k in ((WIDTH, H), (WIDTH, H), (H, WIDTH)))
 
@@ -83,7 +83,8 @@ def test_other_cuts_are_left(other: str) -> None:
         gate, up = F.linear(x, a), F.linear(x, b)
         mean = (up if other == "mean of something else" else gate).mean(-1, keepdim=True)
         factor = x.amax() if other == "a cutoff from the input" else torch.tensor(1.5)
-        above = gate - (mean + gate.std(-1, unbiased=other == "half open", keepdim=True) * factor)
+        threshold = mean + gate.std(-1, unbiased=other == "half open", keepdim=True) * factor
+        above = torch.sub(gate, threshold, alpha=2) if other == "alpha" else gate - threshold
         return F.linear(F.silu(F.relu(above)) * up, c)
 
     gm, match, _ = trace(block, torch.randn(2, 3, H))[0]

@@ -82,6 +82,8 @@ def _uncut(node: Node) -> tuple[Node, float | None]:
     difference: Any = node.args[0] if is_op(node, aten.relu.default) else None
     if not is_op(difference, aten.sub.Tensor) or not is_op(difference.args[1], aten.add.Tensor):
         return node, None
+    if difference.kwargs or difference.args[1].kwargs:  # alpha: multiples
+        return node, None
     gate, (mean, spread) = difference.args[0], difference.args[1].args
     if not is_op(spread, aten.mul.Tensor):
         mean, spread = spread, mean
