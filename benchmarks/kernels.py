@@ -46,7 +46,8 @@ LINEARS = {
     "4b.q": (2048, 2560, TOKENS, "w8c"),
 }
 # Name: (width, FFN width).
-FFNS = {"1b.ffn": (1152, 6912), "4b.ffn": (2560, 10240)}
+FFNS = {"1b.ffn": (1152, 6912), "4b.ffn": (2560, 10240), "e2b.ffn": (2048, 8192), "e2b.sparse_ffn": (2048, 8192)}
+CUTOFF = 1.6448536  # standard deviations above the mean: Gemma 3n's gates, 5 % of which are open
 # Name: (width, query rows, key rows, head width).
 QKVS = {"1b.qkv": (1152, 1024, 256, 256), "4b.qkv": (2560, 2048, 1024, 256)}
 
@@ -95,9 +96,10 @@ def linear_call(n: int) -> Call:
     return lambda x, w: torch.ops.unicorn.linear(x, w[0], None, n)
 
 
-def ffn_call(k: int, f: int) -> Call:
-    norm = torch.rand(k).bfloat16()
-    return lambda x, w: torch.ops.unicorn.int4_ffn(x, norm, 1e-6, 1.0, *w, [], "gelu_tanh", f, k, norm, 1e-6, 1.0, x)
+def ffn_call(k: int, f: int, cutoff: float | None = None) -> Call:
+    norm, ops = torch.rand(k).bfloat16(), torch.ops.unicorn
+    op, more = (ops.int4_ffn, ()) if cutoff is None else (ops.sparse_ffn, (cutoff,))
+    return lambda x, w: op(x, norm, 1e-6, 1.0, *w, [], "gelu_tanh", f, k, norm, 1e-6, 1.0, x, *more)
 
 
 def qkv_call(k: int, q: int, kv: int, d: int) -> Call:
@@ -120,7 +122,8 @@ def cases() -> Iterator[tuple[str, str, list[Shape], tuple[int, ...], Call]]:
     for name, (n, k, tokens, scheme) in LINEARS.items():
         yield name, scheme, [(n, k, scheme)], tokens, linear_call(n)
     for name, (k, f) in FFNS.items():
-        yield name, "w4g32", [(f, k, "w4g32"), (f, k, "w4g32"), (k, f, "w4g32")], TOKENS, ffn_call(k, f)
+        cutoff = CUTOFF if name.endswith("sparse_ffn") else None
+        yield name, "w4g32", [(f, k, "w4g32"), (f, k, "w4g32"), (k, f, "w4g32")], TOKENS, ffn_call(k, f, cutoff)
     for name, (k, q, kv, d) in QKVS.items():
         yield name, "w8c", [(q, k, "w8c"), (kv, k, "w8c"), (kv, k, "w8c")], TOKENS, qkv_call(k, q, kv, d)
 

@@ -18,7 +18,7 @@ from typing import Any
 from unicorn_backend import table
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "quantization.md")
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("planner.md", "quantization.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -186,6 +186,28 @@ def context(result: dict[str, Any]) -> str:
     return f"{caption}\n\n{table.markdown(header, rows)}"
 
 
+def disk(result: dict[str, Any]) -> str:
+    """Decode with more weights than RAM has room for."""
+    header = ("what comes next is read", "MB in the file", "MB read per token", "ms per token", "GB/s of the disk")
+    rows = [
+        (
+            "ahead, a part is kept" if row["ahead"] else "on page faults, by the kernel",
+            f"{row['in_file_mb']:.0f}",
+            f"{row['read_mb_per_token']:.0f}",
+            f"{row['token_ms']:.0f}",
+            f"{row['read_mb_per_token'] / row['token_ms']:.2f}",
+        )
+        for row in result["rows"]
+    ]
+    read = sorted(result["disk_read_gb_s"])
+    caption = (
+        f"{result['model']}, random weights, {result['ram_limit_mb'] / 1e3:.1f} GB of RAM by a limit; medians over "
+        f"{result['rounds']} processes each, in turn. {_machine(result['provenance'])}; the file read from its start, "
+        f"cold: {read[0]:.2f} to {read[-1]:.2f} GB/s; the kernel reads {result['kernel_read_ahead_kb']} kB ahead."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
 def speculation(result: dict[str, Any]) -> str:
     """With and without drafts."""
     header = ("", "plain tok/s", "with drafts tok/s", "ratio", "drafts accepted")
@@ -227,6 +249,7 @@ def serving(result: dict[str, Any]) -> str:
 
 KINDS = {
     "context": context,
+    "disk": disk,
     "speculation": speculation,
     "serving": serving,
     "models": models,

@@ -17,6 +17,7 @@
 #include <mutex>
 #include <stdexcept>
 
+#include "mapped.h"
 #include "prepared.h"
 
 namespace unicorn {
@@ -264,7 +265,10 @@ class Bound : public torch::CustomClassHolder {
       if (!given[i]) open_.push_back(i);
     }
     prepared_.resize(program_->steps_.size());
-    for (size_t i = 0; i < prepared_.size(); ++i) prepared_[i].can = can_prepare(program_->steps_[i]);
+    for (size_t i = 0; i < prepared_.size(); ++i) {
+      prepared_[i].can = can_prepare(program_->steps_[i]);
+      if (prepared_[i].can) note_files(i);
+    }
   }
 
   c10::List<IValue> run(const c10::List<IValue>& inputs) {
@@ -307,6 +311,18 @@ class Bound : public torch::CustomClassHolder {
       }
     }
     return true;
+  }
+
+  // Weights of a prepared step that stay in files. (An embedding reads a few rows of its own, and is not prepared.)
+  void note_files(size_t i) {
+    for (const Argument& argument : program_->steps_[i].arguments) {
+      for (const int64_t number : argument.from) {
+        const IValue& value = at(number);
+        const InFile where = value.isTensor() ? in_file(value.toTensor()) : InFile::no;
+        if (where == InFile::no) continue;
+        files_.add(i, value.toTensor().const_data_ptr(), value.toTensor().nbytes(), where == InFile::passing);
+      }
+    }
   }
 
   const IValue& at(int64_t number) const { return number < 0 ? program_->constants_[~number] : values_[number]; }
@@ -365,9 +381,11 @@ class Bound : public torch::CustomClassHolder {
       values_[sizes_[i]] = values_[sizes_[i + 1]].toTensor().size(sizes_[i + 2]);
     }
     Stack stack;
+    if (!files_.empty()) files_.begin();
     const bool traced = Trace::on().load(std::memory_order_relaxed), direct = unobserved();
     for (size_t i = 0; i < program_->steps_.size(); ++i) {
       const Step& step = program_->steps_[i];
+      if (!files_.empty()) files_.before(i);
       if (step.function != nullptr) {
         values_[step.first] =
             step.function(integer(at(step.arguments[0].from[0])), integer(at(step.arguments[1].from[0])));
@@ -377,6 +395,7 @@ class Bound : public torch::CustomClassHolder {
       } else {
         run_step(step, prepared_[i], stack, direct);
       }
+      if (!files_.empty()) files_.after(i);
       for (const int64_t dead : step.dead) {
         if (!fixed_[dead]) values_[dead] = IValue();
       }
@@ -395,6 +414,7 @@ class Bound : public torch::CustomClassHolder {
   std::vector<bool> fixed_;
   std::vector<int64_t> open_;  // the inputs that `run` is given
   std::vector<Slot> prepared_;
+  FileReads files_;
   std::mutex mutex_;
 };
 

@@ -11,6 +11,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports transformers
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ["UNICORN_CACHE"] = "0"  # every test compiles; test_compile_cache.py turns it on for its processes
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +19,9 @@ import pytest
 import torch
 
 THREADS = 2
+
+# Looking for garbage among the millions of objects of torch and its traces was a sixth of the tests' time.
+gc.set_threshold(100_000, 50, 50)
 
 
 @pytest.fixture(autouse=True)

@@ -21,6 +21,7 @@ from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 LAYERS = 2
 ROOT = Path(__file__).parents[1]
@@ -343,8 +344,17 @@ def run_process(name: str, folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def processes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("cache") / "unicorn"
-    return run_process("first_process", folder), run_process("second_process", folder)
+    """What both say. They take a minute, so pytest's own processes share one pair of them."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    said = shared / "compile-cache.json"
+    with FileLock(f"{said}.lock"):
+        if not said.exists():
+            folder = shared / "compile-cache-of-processes" / "unicorn"
+            results = [run_process(name, folder) for name in ("first_process", "second_process")]
+            said.write_text(json.dumps(results))
+        first, second = json.loads(said.read_text())
+    return first, second
 
 
 TOLERANCE = (2 * LAYERS + 1) * 2**-8  # a rounding to bf16 per residual add and at the head

@@ -165,10 +165,39 @@ def _storages(module: torch.nn.Module) -> dict[int, int]:
 
 
 def ram() -> tuple[int, int]:
-    """Bytes of RAM: all, and what can be had without swapping, by the kernel's estimate."""
+    """Bytes of RAM: all, and what can be had without swapping, by the kernel's estimate.
+
+    Where the process is in a control group with less (a container), of that group.
+    """
     fields = _first_lines(Path("/proc/meminfo"))
     total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    return total, available
+    for limit, free in _group_limits(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")):
+        total, available = min(total, limit), min(available, free)
+    return total, max(available, 0)
+
+
+def _group_limits(groups: str, root: Path) -> list[tuple[int, int]]:
+    """(limit, what is left of it without cached files) in bytes of the control groups around this process.
+
+    groups: text of /proc/self/cgroup. root: where control groups are mounted, of version 2 or 1.
+    """
+    found = []
+    for line in groups.splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, usage = root, "memory.max", "memory.current"
+        elif controllers == "memory":
+            base, limit, usage = root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"
+        else:
+            continue
+        inner = base / path.lstrip("/")
+        for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(base))):
+            most = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
+            if most != "max":
+                cached = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+                files = sum(int(cached.get(f"{prefix}_file", 0)) for prefix in ("active", "inactive"))
+                found.append((int(most), int(most) - int((folder / usage).read_text()) + files))
+    return found
 
 
 def last_level_cache_bytes() -> int:

@@ -255,7 +255,7 @@ def _ffn_fake(
     residual: Tensor | None,
     cutoff: float | None = None,
 ) -> Tensor:
-    torch._check(act in ACTIVATIONS, lambda: f"act must be one of {ACTIVATIONS}, got {act!r}")
+    torch._check(act in ACTIVATIONS, lambda: f"feed-forward: act must be one of {ACTIVATIONS}, got {act!r}")
     return x.new_empty((*x.shape[:-1], n))
 
 

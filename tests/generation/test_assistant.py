@@ -10,7 +10,7 @@ import pytest
 from unicorn_backend import models
 from unicorn_backend.errors import OptionError
 from unicorn_backend.generation.assistant import Assistant, AssistedDrafter, Experience
-from unicorn_backend.generation.drafting import Drafter
+from unicorn_backend.generation.drafting import Credit, Drafter
 from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.request import Settings
 
@@ -18,7 +18,8 @@ from unicorn_backend.generation.request import Settings
 @pytest.fixture
 def assisted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The engine with itself as assistant, without drafts from repeated text, at costs that make every draft pay."""
-    costs: Any = SimpleNamespace(seconds=lambda _: 1.0, relative=lambda _: 1.0, took=lambda *_: None)
+    costs: Any = SimpleNamespace(seconds=lambda _: 1.0, relative=lambda _: 1.0, took=lambda *_: None, credit=Credit())
+    monkeypatch.setattr(costs.credit, "allows", lambda _: True)
     assistant = Assistant("tiny", None, engine.tokenizer, model=engine.original)
     assistant.warm_up([5, 6, 7])
     monkeypatch.setattr(assistant.experience.costs, "seconds", lambda _: 1e-9)
@@ -64,7 +65,7 @@ def scripted(each: float, right: bool, tokens: int = 400) -> tuple[int, int]:
         draft = drafter.propose(100)
         assistant.experience.spent(each * len(draft), drafter._trying)
         drafter.extend([7] * (len(draft) + 1 if right else 1))
-        drafter.took(len(draft) + 1, 1.0 + 0.1 * len(draft))
+        drafter.took(len(draft) + 1, 1.0 + 0.1 * len(draft), len(draft) if right else 0)
         drafted, calls = drafted + len(draft), calls + 1
     return drafted, calls
 

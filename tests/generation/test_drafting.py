@@ -7,7 +7,7 @@ import random
 import pytest
 
 from unicorn_backend import models
-from unicorn_backend.generation.drafting import MAX_DRAFT, Costs, Drafter
+from unicorn_backend.generation.drafting import LOSS, MAX_DRAFT, MOST_CREDIT, Costs, Credit, Drafter
 from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.request import Settings
 
@@ -64,6 +64,34 @@ def test_a_stall_is_forgotten() -> None:
     assert costs.relative(4) < 2
     costs.took(4, 0.012)
     assert costs.relative(4) == pytest.approx(1.2)
+
+
+def test_wrong_drafts_have_a_budget() -> None:
+    """An adversary: contexts are right whenever nothing is drafted, and wrong when something is."""
+    drafter, lost, calls = Drafter(), 0.0, 3000
+    generator = random.Random(0)
+    drafter.extend(LOOP * 20)
+    drafts = 0
+    for _ in range(calls):
+        draft = drafter.propose(100)
+        lost += drafter.costs.relative(len(draft) + 1) - 1
+        drafts += bool(draft)
+        expected = drafter._continuation(drafter._found[1], 1) if drafter._found[0] else LOOP[:1]
+        drafter.extend([generator.randrange(100, 10**9)] + LOOP * 3 if draft else expected)
+        drafter.took(len(draft) + 1, 0.01 * (1 + 0.12 * len(draft)), 0)
+    assert drafts > 20 and lost <= 1 + LOSS * calls
+
+
+def test_credit_is_earned_by_right_drafts_and_capped() -> None:
+    credit = Credit()
+    assert credit.allows(1.0) and not credit.allows(1.1)
+    credit.earn(-1.0)
+    assert not credit.allows(0.1)
+    for _ in range(100):
+        credit.earn(3.0)
+    assert credit.allows(MOST_CREDIT) and not credit.allows(MOST_CREDIT + 0.01)
+    credit.spend(MOST_CREDIT)
+    assert credit.allows(0.0) and not credit.allows(0.01)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

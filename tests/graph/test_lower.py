@@ -1,6 +1,10 @@
 """The native program of a graph does what the graph's own Python does."""
 
+import ctypes
+import mmap
 import operator
+import os
+import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +19,7 @@ from ..ops.support import make_weight
 
 load_native()
 aten = torch.ops.aten
+ARENA = torch.classes.unicorn.Arena
 
 
 def graph(build, inputs, **attributes):
@@ -256,3 +261,53 @@ def test_the_profiler_and_gradients_see_every_call():
     assert sum(event.name == "unicorn::int4_ffn" for event in profile.events()) == 2
     with pytest.raises(RuntimeError, match="inference only"):
         bound(torch.randn(1, 1, 32, requires_grad=True))
+
+
+def test_weights_in_files_are_read_ahead(tmp_path):
+    """A program that fails in its second step: what the step would have read is in memory by then."""
+    first, second = (make_weight(256, 4096, "w8c") for _ in range(2))
+    path = tmp_path / "weights"
+    pages = [-(-t.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for t in (*first, *second)]
+    mapped = torch.from_file(str(path), shared=True, size=sum(pages), dtype=torch.uint8)
+    held = []
+    for t, piece in zip((*first, *second), mapped.split(pages), strict=True):
+        placed = piece[: t.nbytes].view(t.dtype).view(t.shape)
+        placed.copy_(t)
+        held.append(ARENA.leave(placed, False))
+    evict(path, mapped)
+    packed = held[len(first)]
+    if resident(packed) > 0:
+        pytest.skip("this file system keeps its files in memory")
+
+    def build(g, x, *weights):
+        one, two = weights[: len(first)], weights[len(first) :]
+        y = g.call_function(torch.ops.unicorn.linear.default, (x, list(one), None, 256))
+        return [g.call_function(torch.ops.unicorn.linear.default, (y, list(two), None, 256))]  # y is too narrow
+
+    bound = lower(graph(build, 1 + len(held))).bind(range(1, 1 + len(held)), held)
+    with torch.no_grad(), pytest.raises(RuntimeError):
+        bound(torch.randn(1, 4096).bfloat16())
+    end = time.monotonic() + 10
+    while resident(packed) < 1 and time.monotonic() < end:
+        time.sleep(0.01)
+    assert resident(packed) == 1
+
+
+def evict(path, mapped):
+    """Write the file, and drop it from memory."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    with open(path, "r+b") as file:
+        address, size = ctypes.c_void_p(mapped.data_ptr()), ctypes.c_size_t(mapped.nbytes)
+        assert libc.msync(address, size, 4) == 0  # MS_SYNC
+        os.fsync(file.fileno())
+        assert libc.madvise(address, size, 4) == 0  # MADV_DONTNEED: a mapped page is not dropped
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def resident(t):
+    """The share of a tensor's pages that are in memory, mapped or not."""
+    begin = t.data_ptr() // mmap.PAGESIZE * mmap.PAGESIZE
+    count = -(-(t.data_ptr() + t.nbytes - begin) // mmap.PAGESIZE)
+    found = (ctypes.c_ubyte * count)()
+    assert ctypes.CDLL(None).mincore(ctypes.c_void_p(begin), ctypes.c_size_t(count * mmap.PAGESIZE), found) == 0
+    return sum(page & 1 for page in found) / count

@@ -196,3 +196,23 @@ def test_doctor_tells_the_state_of_the_calibration(short: Path) -> None:
     calibration.calibrate()
     check = doctor.check_calibration()
     assert check.status == "ok" and "0 days old, memory read" in check.found
+
+
+def test_memory_of_a_container(tmp_path):
+    """Limits of control groups count, of both versions and of groups around; cached files are free memory."""
+    inner = tmp_path / "a" / "b"
+    inner.mkdir(parents=True)
+    (inner / "memory.max").write_text("max\n")
+    (tmp_path / "a" / "memory.max").write_text("4000\n")
+    (tmp_path / "a" / "memory.current").write_text("3000\n")
+    (tmp_path / "a" / "memory.stat").write_text("anon 1900\nactive_file 600\ninactive_file 500\n")
+    assert measure._group_limits("0::/a/b\n", tmp_path) == [(4000, 2100)]
+    assert measure._group_limits("0::/\n", tmp_path) == []
+    old = tmp_path / "memory"
+    old.mkdir()
+    for name, value in (("limit_in_bytes", 5000), ("usage_in_bytes", 1000)):
+        (old / f"memory.{name}").write_text(f"{value}\n")
+    (old / "memory.stat").write_text("cache 100\n")
+    assert measure._group_limits("9:cpu:/\n8:memory:/docker/123\n", tmp_path) == [(5000, 4000)]
+    total, available = measure.ram()
+    assert 0 < available <= total

@@ -120,11 +120,13 @@ class AssistedDrafter:
         if count:
             start = time.perf_counter()
             self._pending = self.draft(count)
-            self._assistant.experience.spent(time.perf_counter() - start, self._trying)
+            seconds, one = time.perf_counter() - start, self._lookup.costs.seconds(1)
+            self._assistant.experience.spent(seconds, self._trying)
+            self._lookup.costs.credit.spend(min(seconds / one, 2.0 * count) if one else 0.0)
         return list(self._pending)
 
-    def took(self, tokens: int, seconds: float) -> None:
-        self._lookup.took(tokens, seconds)
+    def took(self, tokens: int, seconds: float, accepted: int) -> None:
+        self._lookup.took(tokens, seconds, accepted)
         self._assistant.experience.spent(seconds, self._trying)
         self._trying = False
 

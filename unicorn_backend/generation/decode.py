@@ -107,7 +107,7 @@ class Sequence:
         self.accepted += accepted
         cut(self.cache, len(draft) - accepted)
         if self.drafter is not None and self.calls > 1:
-            self.drafter.took(len(draft) + 1, time.perf_counter() - begin)
+            self.drafter.took(len(draft) + 1, time.perf_counter() - begin, accepted)
 
     def take(self, logits: Tensor) -> bool:
         """Choose the next token from its logits [V]. Returns False if it is the last one."""

@@ -1,10 +1,12 @@
 """Drafts for speculative decoding: what followed the last tokens the last time they occurred.
 
 A draft is checked by one call of the model over all its tokens, which reads the weights once. Whether that pays is
-decided from two measurements, so that text without repetitions costs nothing:
+decided from two measurements, so that text without repetitions costs nearly nothing:
 
 - how often a draft would have been right is learned on every token, whether or not a draft was checked;
 - how long calls with M tokens take is learned from the calls themselves.
+
+Estimates err, so wrong drafts also have a budget (`Credit`): a small share of all calls, and what right ones gained.
 """
 
 from __future__ import annotations
@@ -24,6 +26,12 @@ MARGIN = 1.2
 PRIOR_HITS, PRIOR_TRIALS = 0.0, 2.0
 MEMORY = 32.0
 """Trials remembered per context length: older ones fade, so that a change of the text shows within a few lines."""
+
+LOSS = 0.03
+"""Of all calls: what wrong drafts may cost. Fresh text keeps 0.95 of its speed, the bookkeeping included."""
+
+MOST_CREDIT = 8.0
+"""Calls; gains beyond are not saved up, or text that turns fresh would pay for them long after."""
 
 PRIOR_COST = 0.12
 """Of a call, per further token, until measured."""
@@ -82,8 +90,10 @@ class Drafter:
         period = len(self._ids) - start
         return [self._ids[start + i % period] for i in range(count)]
 
-    def took(self, tokens: int, seconds: float) -> None:
+    def took(self, tokens: int, seconds: float, accepted: int) -> None:
+        """A call with `tokens` tokens, of which the first was known and `accepted` were drafted right."""
         self.costs.took(tokens, seconds)
+        self.costs.credit.earn(accepted + 1 - self.costs.relative(tokens))
 
     def finish(self) -> None:
         """The sequence is over; nothing of it is kept."""
@@ -106,23 +116,43 @@ class Odds:
 def best_length(rate: float, costs: Costs, most: int, margin: float, each: float = 0.0) -> int:
     """The length of a draft with most tokens per second, its tokens right at this rate if those before them were.
 
-    0 where none promises `margin` times those without. each: of drafting a token, in calls of the model.
+    0 where none promises `margin` times those without, or what it may lose is more than there is credit for. each: of
+    drafting a token, in calls of the model.
     """
     best, gain = 0, margin
     expected = chance = 1.0
     for count in range(1, most + 1):
         chance *= rate
         expected += chance
-        ratio = expected / (costs.relative(count + 1) + count * each)
-        if ratio > gain:
-            best, gain = count, ratio
+        cost = costs.relative(count + 1) + count * each
+        if expected / cost > gain and costs.credit.allows(cost - 1):
+            best, gain = count, expected / cost
     return best
 
 
-class Costs:
-    """Measured time of one call with M tokens, relative to M = 1. Shared by all requests of a model."""
+class Credit:
+    """What drafts may lose, in calls of the model with one token: `LOSS` of each call, and what drafts gained."""
 
     def __init__(self) -> None:
+        self._calls = 1.0
+
+    def allows(self, loss: float) -> bool:
+        return loss <= self._calls
+
+    def earn(self, gain: float) -> None:
+        """A call is over, whose tokens would have taken `gain` calls more without a draft; negative: less."""
+        self._calls = min(self._calls + LOSS + gain, MOST_CREDIT)
+
+    def spend(self, calls: float) -> None:
+        """Time that went to a draft, before it is checked."""
+        self._calls -= calls
+
+
+class Costs:
+    """Measured time of one call with M tokens, relative to M = 1. Shared by all requests of a model, as is `credit`."""
+
+    def __init__(self) -> None:
+        self.credit = Credit()
         self._seconds: dict[int, float] = {}
         self._seen: set[bool] = set()
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 from unicorn_backend.integration import model_state
 
 _PASSED_ON = ("use_cache", "logits_to_keep")  # behind the tensors, in the order of the arguments
+_KNOWN = {*_PASSED_ON, "attention_mask", "position_ids"}  # and the cache
 
 
 def with_short_way(plain: Any, cache: str, is_ours: Callable[[Any], bool]) -> Any:
@@ -57,8 +58,8 @@ def with_short_update(plain: Any, cache: str, is_ours: Callable[[Any], bool]) ->
 
 def _known(given: dict[str, Any], cache: str) -> bool:
     """True within `generate()`, for arguments that the short ways know."""
-    known = given.keys() <= {*_PASSED_ON, "attention_mask", "position_ids", cache}
-    return known and given.get(cache) is not None and model_state.current() is not None
+    known = given.get(cache) is not None and len(given.keys() - _KNOWN) == 1
+    return known and model_state.current() is not None
 
 
 def _the_shorter(key: Any, whole: Callable[[], Any], short: Callable[[], dict[str, Any]]) -> Any:

@@ -26,6 +26,7 @@ from unicorn_backend.quantize.memory import into_huge_pages
 from unicorn_backend.quantize.modules import QuantEmbedding, QuantLinear
 from unicorn_backend.quantize.recipe import NONE
 from unicorn_backend.quantize.rewrite import is_language_model, quantize
+from unicorn_backend.table import size
 
 log = logging.getLogger(__name__)
 
@@ -89,7 +90,14 @@ def prepare(root: nn.Module, options: Options) -> bool:
         if recipe != NONE:
             quantize(root, recipe, keep_weights=options.keep_weights)
         fused = fuse_norm_modules(root)
-        into_huge_pages(root)
+        placement = into_huge_pages(root)
+    if placement.left:
+        log.warning(
+            "%s of %s of packed weights stay in their file and are read from the disk by every call of the model: RAM "
+            "has no room for them; fewer bits per weight (`unicorn quantize --recipe`) would be faster",
+            size(placement.left),
+            size(placement.left + placement.moved),
+        )
     _notes.pop(root, None)
     log.info("prepared %s: recipe %s, %d norms fused", type(root).__name__, recipe, fused)
     return True

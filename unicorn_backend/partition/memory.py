@@ -8,6 +8,7 @@ from typing import Any
 
 from unicorn_backend import measure
 from unicorn_backend.plan import TYPICAL, Plan
+from unicorn_backend.quantize.memory import left_in_files
 from unicorn_backend.runtime import open_device
 from unicorn_backend.table import size
 
@@ -22,13 +23,16 @@ class MemoryPlan:
     ram: int
     ram_free: int
     devices: dict[str, tuple[int, int]]
+    disk: int = 0  # of the weights: read from their file by every call, RAM has no room for them
 
     def __str__(self) -> str:
         lines = [
             f"memory: weights {size(self.weights)}, keys and values {size(self.cache)} at {self.tokens} tokens; "
             f"RAM {size(self.ram_free)} free of {size(self.ram)}"
         ]
-        if self.weights + self.cache > self.ram:
+        if self.disk:
+            lines.append(f"  {size(self.disk)} of the weights are read from the disk by every call: RAM is full")
+        if self.weights - self.disk + self.cache > self.ram:
             lines.append("  more than this machine's RAM: it will swap, or be killed; take fewer bits per weight")
         for name, (placed, budget) in self.devices.items():
             left = f", {size(budget)} left by its driver's word" if budget else ""
@@ -52,4 +56,5 @@ def plan_memory(model: Any, plans: Sequence[Plan], tokens: int = TYPICAL) -> Mem
         budget = 0 if isinstance(device, str) else device.memory().budget
         devices[name] = sum(regions.values()), budget
     cache = measure.kv_bytes(model, tokens) if hasattr(text, "num_hidden_layers") else 0
-    return MemoryPlan(measure.model_bytes(model), cache, tokens, total, free, devices)
+    weights, disk = measure.model_bytes(model), left_in_files(getattr(model, "_orig_mod", model))
+    return MemoryPlan(weights, cache, tokens, total, free, devices, disk)
