@@ -19,10 +19,10 @@ from unicorn_backend.generation.request import Settings
 def assisted(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
     """The engine with itself as assistant, without drafts from repeated text, at costs that make every draft pay."""
     costs: Any = SimpleNamespace(seconds=lambda _: 1.0, relative=lambda _: 1.0, took=lambda *_: None, credit=Credit())
-    monkeypatch.setattr(costs.credit, "allows", lambda _: True)
     assistant = Assistant("tiny", None, engine.tokenizer, model=engine.original)
     assistant.warm_up([5, 6, 7])
     monkeypatch.setattr(assistant.experience.costs, "seconds", lambda _: 1e-9)
+    monkeypatch.setattr(assistant.experience.credit, "allows", lambda _: True)
     monkeypatch.setattr(engine, "assistant", assistant)
 
     def drafter(_: Settings) -> AssistedDrafter:

@@ -17,7 +17,7 @@ import torch
 
 from unicorn_backend import models
 from unicorn_backend.errors import OptionError
-from unicorn_backend.generation.drafting import MAX_DRAFT, Costs, Drafter, Odds, best_length
+from unicorn_backend.generation.drafting import MAX_DRAFT, MOST_CREDIT, Costs, Credit, Drafter, Odds, best_length
 from unicorn_backend.generation.prefix import PrefixStore, cut
 from unicorn_backend.integration.transformers_hooks import cache_argument
 
@@ -76,6 +76,7 @@ class Experience:
     def __init__(self) -> None:
         self.costs = Costs()  # of one drafted token
         self.odds = Odds(PRIOR_HITS, PRIOR_TRIALS, MEMORY)  # that a drafted token is right, if those before it were
+        self.credit = Credit(MOST_CREDIT)  # once per assistant, to find out what it is worth
         self._decoding_s = self._trying_s = 0.0
 
     def spent(self, seconds: float, trying: bool) -> None:
@@ -100,6 +101,7 @@ class AssistedDrafter:
         self._cache: Any = None
         self._pending: list[int] = []  # of the assistant's draft, not decided yet
         self._trying = False  # the draft is a trial
+        self._drafted = 0.0  # what the draft cost, in calls of the model
 
     def extend(self, tokens: Sequence[int]) -> None:
         self._lookup.extend(tokens)
@@ -120,15 +122,19 @@ class AssistedDrafter:
         if count:
             start = time.perf_counter()
             self._pending = self.draft(count)
-            seconds, one = time.perf_counter() - start, self._lookup.costs.seconds(1)
-            self._assistant.experience.spent(seconds, self._trying)
-            self._lookup.costs.credit.spend(min(seconds / one, 2.0 * count) if one else 0.0)
+            self._assistant.experience.spent(time.perf_counter() - start, self._trying)
+            self._drafted = count * self._cost()
         return list(self._pending)
 
     def took(self, tokens: int, seconds: float, accepted: int) -> None:
-        self._lookup.took(tokens, seconds, accepted)
-        self._assistant.experience.spent(seconds, self._trying)
-        self._trying = False
+        experience, costs = self._assistant.experience, self._lookup.costs
+        if self._drafted:
+            costs.took(tokens, seconds)
+            experience.credit.earn(accepted + 1 - costs.relative(tokens) - self._drafted)
+        else:
+            self._lookup.took(tokens, seconds, accepted)
+        experience.spent(seconds, self._trying)
+        self._trying, self._drafted = False, 0.0
 
     def finish(self) -> None:
         """The sequence is over: keep the assistant's keys and values for the next one."""
@@ -137,18 +143,23 @@ class AssistedDrafter:
 
     def _count(self, room: int) -> int:
         """How many tokens to draft."""
-        one, each = self._lookup.costs.seconds(1), self._assistant.experience.costs.seconds(1)
-        if one is None or room < 1:
+        each = self._assistant.experience.costs.seconds(1)
+        if self._lookup.costs.seconds(1) is None or room < 1:
             return 0
-        cost = each / one if each is not None else PRIOR_COST
+        cost = self._cost()
         if best := self._best(self._assistant.experience.odds.rate, cost, room):
             return best if each is not None else min(best, TRIAL)
-        self._trying = self._best(1.0, cost, room) > 0 and self._assistant.experience.may_be_tried()
+        self._trying = self._assistant.experience.may_be_tried() and self._best(1.0, cost, room) > 0
         return min(TRIAL, room) if self._trying else 0
+
+    def _cost(self) -> float:
+        """Of drafting a token, in calls of the model."""
+        one, each = self._lookup.costs.seconds(1), self._assistant.experience.costs.seconds(1)
+        return each / one if one is not None and each is not None else PRIOR_COST
 
     def _best(self, rate: float, cost: float, room: int) -> int:
         """The length with most tokens per second at this rate of right ones; 0 if none gains `MARGIN`."""
-        return best_length(rate, self._lookup.costs, room, MARGIN, each=cost)
+        return best_length(rate, self._lookup.costs, room, MARGIN, self._assistant.experience.credit, cost)
 
     @torch.no_grad()
     def draft(self, count: int) -> list[int]:

@@ -27,11 +27,14 @@ PRIOR_HITS, PRIOR_TRIALS = 0.0, 2.0
 MEMORY = 32.0
 """Trials remembered per context length: older ones fade, so that a change of the text shows within a few lines."""
 
-LOSS = 0.03
+LOSS = 0.02
 """Of all calls: what wrong drafts may cost. Fresh text keeps 0.95 of its speed, the bookkeeping included."""
 
 MOST_CREDIT = 8.0
 """Calls; gains beyond are not saved up, or text that turns fresh would pay for them long after."""
+
+FADE = 16
+"""Tokens: what is done for each of them costs a small model 1 % of its time."""
 
 PRIOR_COST = 0.12
 """Of a call, per further token, until measured."""
@@ -82,7 +85,7 @@ class Drafter:
         size, start = self._found
         if not size:
             return []
-        best = best_length(self.rate(size), self.costs, min(self.max_draft, room), MARGIN)
+        best = best_length(self.rate(size), self.costs, min(self.max_draft, room), MARGIN, self.costs.credit)
         return self._continuation(start, best)
 
     def _continuation(self, start: int, count: int) -> list[int]:
@@ -93,7 +96,7 @@ class Drafter:
     def took(self, tokens: int, seconds: float, accepted: int) -> None:
         """A call with `tokens` tokens, of which the first was known and `accepted` were drafted right."""
         self.costs.took(tokens, seconds)
-        self.costs.credit.earn(accepted + 1 - self.costs.relative(tokens))
+        self.costs.credit.earn(accepted + 1 - self.costs.relative(tokens) if tokens > 1 else 0.0)
 
     def finish(self) -> None:
         """The sequence is over; nothing of it is kept."""
@@ -113,19 +116,21 @@ class Odds:
         self._hits, self._trials = self._hits * self._fade + hit, self._trials * self._fade + 1
 
 
-def best_length(rate: float, costs: Costs, most: int, margin: float, each: float = 0.0) -> int:
+def best_length(rate: float, costs: Costs, most: int, margin: float, credit: Credit, each: float = 0.0) -> int:
     """The length of a draft with most tokens per second, its tokens right at this rate if those before them were.
 
     0 where none promises `margin` times those without, or what it may lose is more than there is credit for. each: of
     drafting a token, in calls of the model.
     """
+    if rate < 1 and 1 <= margin * (1 + each) * (1 - rate):  # not even if checking a draft of any length were free
+        return 0
     best, gain = 0, margin
     expected = chance = 1.0
     for count in range(1, most + 1):
         chance *= rate
         expected += chance
         cost = costs.relative(count + 1) + count * each
-        if expected / cost > gain and costs.credit.allows(cost - 1):
+        if expected / cost > gain and credit.allows(cost - 1):
             best, gain = count, expected / cost
     return best
 
@@ -133,8 +138,8 @@ def best_length(rate: float, costs: Costs, most: int, margin: float, each: float
 class Credit:
     """What drafts may lose, in calls of the model with one token: `LOSS` of each call, and what drafts gained."""
 
-    def __init__(self) -> None:
-        self._calls = 1.0
+    def __init__(self, calls: float = 1.0) -> None:
+        self._calls = calls
 
     def allows(self, loss: float) -> bool:
         return loss <= self._calls
@@ -143,23 +148,24 @@ class Credit:
         """A call is over, whose tokens would have taken `gain` calls more without a draft; negative: less."""
         self._calls = min(self._calls + LOSS + gain, MOST_CREDIT)
 
-    def spend(self, calls: float) -> None:
-        """Time that went to a draft, before it is checked."""
-        self._calls -= calls
-
 
 class Costs:
-    """Measured time of one call with M tokens, relative to M = 1. Shared by all requests of a model, as is `credit`."""
+    """Measured time of one call with M tokens, relative to M = 1. Shared by all requests of a model.
+
+    credit: of drafts from repeated text.
+    """
 
     def __init__(self) -> None:
         self.credit = Credit()
         self._seconds: dict[int, float] = {}
+        self._singles = 0  # calls with one token since what was measured last faded
         self._seen: set[bool] = set()
 
     def took(self, tokens: int, seconds: float) -> None:
         """A call with `tokens` tokens. The fastest counts; the first of either kind does not, as it may compile.
 
-        What was measured once, perhaps in a stall, fades to the prior by 1 % per later token, and so is tried again.
+        What was measured once, perhaps in a stall, fades to the prior by 1 % per later token (all `FADE` at once), and
+        so is tried again.
         """
         if tokens > MAX_DRAFT + 1:
             return
@@ -168,10 +174,12 @@ class Costs:
             return
         known = self._seconds.get(tokens, seconds)
         self._seconds[tokens] = seconds if seconds < known else known + 0.05 * (min(seconds, 2 * known) - known)
-        if tokens == 1:
+        self._singles += tokens == 1
+        if self._singles == FADE:
+            self._singles = 0
             for other in self._seconds.keys() - {1}:
                 target = self._prior(other) * self._seconds[1]
-                self._seconds[other] += 0.01 * min(target - self._seconds[other], 0.0)
+                self._seconds[other] += 0.01 * FADE * min(target - self._seconds[other], 0.0)
 
     def seconds(self, tokens: int) -> float | None:
         """Of a call with so many tokens, if measured."""
