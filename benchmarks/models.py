@@ -30,10 +30,10 @@ from unicorn_backend import measure
 RESULTS = Path(__file__).parent / "results" / "models.json"
 PROMPT, NEW = 21, 8
 TYPES = (
-    "gemma gemma2 gemma3_text gemma3n_text gemma4_text llama llama4_text mistral ministral mixtral qwen2 qwen2_moe "
-    "qwen3 qwen3_moe qwen3_5_text qwen3_next phi phi3 phimoe granite granitemoe smollm3 olmo olmo2 olmo3 olmoe glm "
-    "glm4 glm4_moe stablelm cohere cohere2 starcoder2 nemotron arcee helium exaone4 ernie4_5 seed_oss hunyuan_v1_dense "
-    "gpt_oss deepseek_v3 lfm2 gpt2 gpt_neox gptj falcon opt bloom mamba mamba2"
+    "gemma gemma2 gemma3_text gemma3n_text gemma4_text llama llama4_text mistral ministral ministral3 mixtral "
+    "qwen2 qwen2_moe qwen3 qwen3_moe qwen3_5_text qwen3_next phi phi3 phimoe granite granitemoe smollm3 olmo "
+    "olmo2 olmo3 olmoe glm glm4 glm4_moe stablelm cohere cohere2 starcoder2 nemotron arcee helium exaone4 "
+    "ernie4_5 seed_oss hunyuan_v1_dense gpt_oss deepseek_v3 lfm2 gpt2 gpt_neox gptj falcon opt bloom mamba mamba2"
 ).split()
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

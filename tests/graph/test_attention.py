@@ -126,6 +126,20 @@ def test_eager_attention_with_softcap_and_mask(softcap: float, masked: bool) -> 
     assert tuple(attention.args[1].meta["val"].shape)[1] == KV, "repeat_kv was not taken off"
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_query_scaled_per_token_stays_multiplied(swapped: bool) -> None:
+    class Scaled(Block):
+        def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+            scale = torch.log1p(torch.arange(q.shape[2]))[None, None, :, None]
+            return super().attend(scale * q if swapped else q * scale, k, v, mask)
+
+    gm, match, _ = trace(Scaled(), *inputs())[0]
+    assert kinds(match) == ["attention", "qkv"], match.reasons
+    query = find(gm, torch.ops.unicorn.int8_attention.default).args[0]
+    assert query.target is torch.ops.aten.mul.Tensor, "the product is plain torch"
+    assert "getitem" in {node.name.split("_")[0] for node in query.args}, "of the fused projection's query"
+
+
 def test_causal_flag_is_kept() -> None:
     gm, _match, _ = trace(Block(causal=True), *inputs())[0]
     assert find(gm, torch.ops.unicorn.int8_attention.default).args[4] is True

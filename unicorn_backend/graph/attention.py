@@ -341,9 +341,19 @@ def _norm_and_rotation(
     return norm, turn, node
 
 
+def _unscaled(q: Node) -> Node:
+    """What a number per token multiplies, if `q` [B, H, T, D] is such a product (Ministral 3), which stays as it is."""
+    if is_op(q, aten.mul.Tensor) and all(isinstance(factor, Node) for factor in q.args):
+        for x, scale in (q.args, q.args[::-1]):
+            sizes = shape(scale)
+            if len(sizes) == 4 and static(sizes[1]) == static(sizes[3]) == 1 and len(shape(x)) == 4:
+                return x
+    return q
+
+
 def _back_to_projection(q: Node) -> _Head | str:
     """From the query that attention reads back to its projection."""
-    node = inner = strip(q, *COPIES)
+    node = inner = strip(_unscaled(strip(q, *COPIES)), *COPIES)
     while not is_op(inner, *VIEWS):
         turn, norm = as_rotation(inner), as_norm(inner)
         if turn is None and norm is None and not is_op(inner, aten.transpose.int):
