@@ -391,13 +391,15 @@ def _launches(layer: _Layer, set_bytes: int, without: Rates, pool: _Pool) -> dic
     In a model a region meets code, norms and tables that the weights of the others have pushed out of the caches.
     """
     layers = [call for _ in range(max(set_bytes // layer.bytes, 4)) for call in layer.calls(pool)]
-    calls = layers + layer.ends(pool)
+    begin, *end = layer.ends(pool)
+    calls = [begin, *layers, *end]
     run, program = _program([call for _, call in calls]), torch.classes.unicorn.Program
     run()
     program.traced()
     program.trace(True)
     try:
         for _ in range(TRACED_RUNS):
+            _between_tokens()
             run()
     finally:
         program.trace(False)
@@ -406,6 +408,11 @@ def _launches(layer: _Layer, set_bytes: int, without: Rates, pool: _Pool) -> dic
         times.setdefault(step.kind, []).append(ns / 1e3)
     known = {step.kind: cost.microseconds(step, 1, layer.keys, without, layer is SMALL) or 0.0 for step, _ in calls}
     return {kind: max(statistics.median(us) - known[kind], 0.5) for kind, us in times.items()}
+
+
+def _between_tokens() -> None:
+    """Some 0.5 ms of Python, as in a loop of `generate`: what the first region finds in the caches."""
+    json.loads(json.dumps({str(i): [i] for i in range(500)}))
 
 
 # ---- running -------------------------------------------------------------------------------------------------------
