@@ -53,23 +53,24 @@ $(VENV)/.created:
 	$(PYTHON) -m venv $(VENV)
 	@touch $@
 
+# --no-compile: torch and transformers are thousands of files, of which few are imported; these are compiled then.
 # torch first, and its CPU build: the configured index, else PyTorch's own, else whatever the index calls $(TORCH).
 $(VENV)/.torch: $(VENV)/.created
 	@echo "installing torch $(TORCH) (CPU)"
-	@$(PIP) install -qq "torch==$(TORCH)+cpu" 2>/dev/null \
-	  || $(PIP) install -qq "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
-	  || $(PIP) install -qq "torch==$(TORCH)"
+	@$(PIP) install -qq --no-compile "torch==$(TORCH)+cpu" 2>/dev/null \
+	  || $(PIP) install -qq --no-compile "torch==$(TORCH)+cpu" --extra-index-url https://download.pytorch.org/whl/cpu 2>/dev/null \
+	  || $(PIP) install -qq --no-compile "torch==$(TORCH)"
 	@touch $@
 
 # The C++ extension is built by CMake and ninja, both from PyPI; only the compiler is the system's.
 $(VENV)/.package: $(VENV)/.torch pyproject.toml $(NATIVE)
 	@command -v $${CXX:-g++} >/dev/null || { echo "no C++ compiler: apt install g++"; exit 1; }
 	@echo "installing the build tools and building unicorn_backend"
-	@$(PIP) install -qq "scikit-build-core>=0.10" "cmake>=3.24" ninja
-	@$(PIP) install -qq --no-build-isolation -e .
+	@$(PIP) install -qq --no-compile "scikit-build-core>=0.10" "cmake>=3.24" ninja
+	@$(PIP) install -qq --no-compile --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.package
 	@echo "installing the test tools"
-	@$(PIP) install -qq --no-build-isolation -e '.[dev]'
+	@$(PIP) install -qq --no-compile --no-build-isolation -e '.[dev]'
 	@touch $@
