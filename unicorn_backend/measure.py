@@ -171,7 +171,8 @@ def ram() -> tuple[int, int]:
     """
     fields = _first_lines(Path("/proc/meminfo"))
     total, available = (int(fields[name].split()[0]) * 1024 for name in ("MemTotal", "MemAvailable"))
-    for limit, free in _group_limits(Path("/proc/self/cgroup").read_text(), Path("/sys/fs/cgroup")):
+    groups = Path("/proc/self/cgroup")  # none in a kernel without control groups
+    for limit, free in _group_limits(groups.read_text() if groups.exists() else "", Path("/sys/fs/cgroup")):
         total, available = min(total, limit), min(available, free)
     return total, max(available, 0)
 
