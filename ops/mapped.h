@@ -2,12 +2,12 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <vector>
-
-#include "pages.h"
 
 namespace unicorn {
 
@@ -28,8 +28,6 @@ class FileReads {
     }
   }
 
-  bool empty() const { return pieces_.empty(); }
-
   // A run begins. What the last one told beyond its end is the beginning of this one.
   void begin() {
     first_ = at_ = 0;
@@ -44,14 +42,13 @@ class FileReads {
     first_ = at_;
     at_ = end;
     while (ahead < kAhead && end - at_ < pieces_.size()) ahead += pieces_[end++ % pieces_.size()].bytes;
-    for (; told_ < end; ++told_)
-      will_read(pieces_[told_ % pieces_.size()].begin, pieces_[told_ % pieces_.size()].bytes);
+    for (; told_ < end; ++told_) pieces_[told_ % pieces_.size()].will_be_read();
   }
 
-  // `step` is over.
-  void after(size_t step) {
-    for (; first_ < at_ && pieces_[first_].step <= step; ++first_) {
-      if (pieces_[first_].passing) give_back(pieces_[first_].begin, pieces_[first_].bytes);
+  // The step that `before` named is over.
+  void after() {
+    for (; first_ < at_; ++first_) {
+      if (pieces_[first_].passing) pieces_[first_].give_back();
     }
   }
 
@@ -61,6 +58,26 @@ class FileReads {
     const char* begin;
     size_t bytes;
     bool passing;
+
+    // Has the kernel read these pages, and those that they share with others. Returns before it has.
+    void will_be_read() const { advise(address() / page() * page(), address() + bytes, MADV_WILLNEED); }
+
+    // Tells the kernel that these whole pages need not stay in memory. (Linux 5.4 and newer.)
+    void give_back() const {
+#ifdef MADV_PAGEOUT
+      advise((address() + page() - 1) / page() * page(), (address() + bytes) / page() * page(), MADV_PAGEOUT);
+#endif
+    }
+
+   private:
+    uintptr_t address() const { return reinterpret_cast<uintptr_t>(begin); }
+    static uintptr_t page() {
+      static const auto size = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+      return size;
+    }
+    static void advise(uintptr_t first, uintptr_t last, int advice) {
+      if (first < last) madvise(reinterpret_cast<void*>(first), last - first, advice);
+    }
   };
   // The kernel reads no more at once than its own read-ahead, often 128 KB.
   static constexpr size_t kPiece = size_t(128) << 10, kAhead = size_t(64) << 20;

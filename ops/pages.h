@@ -3,7 +3,6 @@
 #pragma once
 
 #include <sys/mman.h>
-#include <unistd.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -36,22 +35,5 @@ class Pages {
   void* base_;
   char* data_;
 };
-
-// Asks the kernel to have this part of a mapped file in memory soon. Returns before it is.
-inline void will_read(const void* begin, size_t bytes) {
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = reinterpret_cast<uintptr_t>(begin) / page * page;
-  madvise(reinterpret_cast<void*>(first), reinterpret_cast<uintptr_t>(begin) + bytes - first, MADV_WILLNEED);
-}
-
-// Tells the kernel that this part of a mapped file need not stay in memory. Whole pages only. (Linux 5.4 and newer.)
-inline void give_back(const void* begin, size_t bytes) {
-#ifdef MADV_PAGEOUT
-  static const auto page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-  const uintptr_t first = (reinterpret_cast<uintptr_t>(begin) + page - 1) / page * page;
-  const uintptr_t last = (reinterpret_cast<uintptr_t>(begin) + bytes) / page * page;
-  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_PAGEOUT);
-#endif
-}
 
 }  // namespace unicorn

@@ -381,11 +381,11 @@ class Bound : public torch::CustomClassHolder {
       values_[sizes_[i]] = values_[sizes_[i + 1]].toTensor().size(sizes_[i + 2]);
     }
     Stack stack;
-    if (!files_.empty()) files_.begin();
+    files_.begin();
     const bool traced = Trace::on().load(std::memory_order_relaxed), direct = unobserved();
     for (size_t i = 0; i < program_->steps_.size(); ++i) {
       const Step& step = program_->steps_[i];
-      if (!files_.empty()) files_.before(i);
+      files_.before(i);
       if (step.function != nullptr) {
         values_[step.first] =
             step.function(integer(at(step.arguments[0].from[0])), integer(at(step.arguments[1].from[0])));
@@ -395,7 +395,7 @@ class Bound : public torch::CustomClassHolder {
       } else {
         run_step(step, prepared_[i], stack, direct);
       }
-      if (!files_.empty()) files_.after(i);
+      files_.after();
       for (const int64_t dead : step.dead) {
         if (!fixed_[dead]) values_[dead] = IValue();
       }

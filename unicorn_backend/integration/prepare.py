@@ -93,8 +93,9 @@ def prepare(root: nn.Module, options: Options) -> bool:
         placement = into_huge_pages(root)
     if placement.left:
         log.warning(
-            "%s of %s of packed weights stay in their file and are read from the disk by every call of the model: RAM "
-            "has no room for them; fewer bits per weight (`unicorn quantize --recipe`) would be faster",
+            "%s of %s of packed weights stay in their file, as RAM has no room for them: where not cached, they are "
+            "read from the disk by every call of the model; fewer bits per weight (`unicorn quantize --recipe`) would "
+            "be faster",
             size(placement.left),
             size(placement.left + placement.moved),
         )

@@ -23,7 +23,7 @@ class MemoryPlan:
     ram: int
     ram_free: int
     devices: dict[str, tuple[int, int]]
-    disk: int = 0  # of the weights: read from their file by every call, RAM has no room for them
+    disk: int = 0  # of the weights: in their file, RAM has no room for them
 
     def __str__(self) -> str:
         lines = [
@@ -31,7 +31,10 @@ class MemoryPlan:
             f"RAM {size(self.ram_free)} free of {size(self.ram)}"
         ]
         if self.disk:
-            lines.append(f"  {size(self.disk)} of the weights are read from the disk by every call: RAM is full")
+            lines.append(
+                f"  {size(self.disk)} of the weights stay in their file, as RAM is full: where not cached, they "
+                "are read from the disk by every call"
+            )
         if self.weights - self.disk + self.cache > self.ram:
             lines.append("  more than this machine's RAM: it will swap, or be killed; take fewer bits per weight")
         for name, (placed, budget) in self.devices.items():

@@ -24,7 +24,7 @@ from unicorn_backend.quantize.modules import QuantEmbedding, QuantLinear
 _MAPS = Path("/proc/self/maps")
 _MADV_DONTNEED = 4  # Linux
 _HUGE_PAGE = 2 << 20
-_COMPILER = 512 << 20
+_COMPILER = 512 << 20  # bytes that are left free on small machines: tracing and compiling take about as many
 _LARGE = 256 << 20  # a vocabulary's table: too much to be read while one layer computes
 _OURS = 1  # use count of a storage that nothing but our handle holds
 
@@ -110,7 +110,7 @@ def _leave(tensor: torch.Tensor, passing: bool) -> torch.Tensor:
 
 
 def _reserve() -> int:
-    """Bytes of RAM that weights leave free: an eighth of it, and what tracing and compiling take."""
+    """Bytes of RAM that weights leave free: an eighth of it, at least what tracing and compiling take."""
     return max(measure.ram()[0] // 8, _COMPILER)
 
 
