@@ -18,7 +18,7 @@ from typing import Any
 from unicorn_backend import table
 
 ROOT = Path(__file__).parents[1]
-PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("planner.md", "quantization.md")))
+PAGES = (ROOT / "README.md", *(ROOT / "docs" / name for name in ("how-it-works.md", "planner.md", "quantization.md")))
 BLOCK = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -247,7 +247,32 @@ def serving(result: dict[str, Any]) -> str:
     return f"{caption}\n\n{table.markdown(header, rows)}"
 
 
+def screening(result: dict[str, Any]) -> str:
+    """What screening a head's rows reads, and takes, where no score stands out."""
+    header = ("columns", "best scores", "of the head read", "read whole, ms", "screened, ms", "ratio", "copy")
+    rows = [
+        (
+            str(row["columns"]),
+            str(row["best"]),
+            f"{row['read_share']:.0%}",
+            f"{row['whole_ms']:.1f}",
+            f"{row['screened_ms']:.1f}",
+            f"{row['speedup']:.2f}x",
+            table.size(row["copied_bytes"]),
+        )
+        for row in result["cases"]
+    ]
+    before, after = result["bandwidth_gbps"]
+    caption = (
+        f"{result['rows']:,} rows of random weights, random activations; medians of {result['rounds']} rounds of "
+        f"{result['calls_per_round']} pairs. {_machine(result['provenance'])}; memory read {before:.1f} and "
+        f"{after:.1f} GB/s before and after."
+    )
+    return f"{caption}\n\n{table.markdown(header, rows)}"
+
+
 KINDS = {
+    "screening": screening,
     "context": context,
     "disk": disk,
     "speculation": speculation,

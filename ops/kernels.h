@@ -116,6 +116,23 @@ struct EmbeddingArgs {
   Out out;  // [count, k]
 };
 
+// The high bits of an 8-bit weight (w8c, w8a), to tell which rows cannot have one of the largest scores
+// (impl/screen.inl). five [N16, K32, 320]: bits 3 to 7 as in q5k; sixth [N16, K32, 64]: bit 2, of chunk c at bit c;
+// error [N16, 2, 16]: bounds of |scale * (what the bits below add, minus its middle)|, the norm over a row.
+struct Planes {
+  uint8_t *five = nullptr, *sixth = nullptr;
+  float* error = nullptr;
+};
+
+struct ScreenArgs {
+  Weight w;
+  Planes planes;
+  Activations a;                         // one token
+  Out out;                               // [n]
+  float *bound, *most;                   // [16 * N16] of the rows; [N16], the largest of each tile
+  float total = 0, norm = 0, slack = 0;  // of the activations: begin_screen
+};
+
 // Everything that is compiled once per instruction set. All of them give the same bits.
 struct Kernels {
   const char* name;
@@ -130,6 +147,13 @@ struct Kernels {
   void (*rotary)(const RotaryArgs& args, Range items);  // items (b, t, head), head fastest
   void (*embedding)(const EmbeddingArgs& args, Range ids);
   void (*activations)(const float* x, int64_t n, Act act, float* out);  // for tests
+  // Screening of the rows of a weight: see impl/screen.inl.
+  void (*split)(const Weight& w, const Planes& planes, Range tiles);
+  void (*begin_screen)(ScreenArgs& args);
+  void (*screen)(const ScreenArgs& args, bool six, Range tiles);
+  float (*refine)(const ScreenArgs& args, int64_t tile);
+  void (*score)(const ScreenArgs& args, int64_t tile, float* scores);
+  void (*leave_out)(const ScreenArgs& args, int64_t tile);
   // For benchmarks: reads memory (the result means nothing); int8 dot products, returns the multiply-adds.
   uint64_t (*read)(const uint64_t* data, int64_t words, bool two_levels);
   int64_t (*dots)(int64_t steps);
@@ -196,6 +220,17 @@ struct QkvArgs {
 void run_linear(const Rows& x, const Norm& norm, const Weight& w, Array bias, const Post& post, Out out,
                 Workspace& workspace, int threads);
 void run_ffn(const FfnArgs& args, Workspace& workspace, int threads);
+// What run_screened did: bytes of weights read (0: the activations are not finite or huge, and nothing is written), and
+// how many tiles five bits left open.
+struct Screened {
+  int64_t read, open;
+};
+
+// The scores of a linear for one token, those that may be among the `best` largest; the others become -inf.
+// six: take six bits at once.
+Screened run_screened(const Rows& x, const Weight& w, const Planes& planes, Out out, int64_t best, bool six,
+                      Workspace& workspace, int threads);
+void run_split(const Weight& w, const Planes& planes, int threads);
 void run_experts(const ExpertsArgs& args, Workspace& workspace, int threads);
 void run_qkv(const QkvArgs& args, Workspace& workspace, int threads);
 void run_rotary(const RotaryArgs& args, int threads);

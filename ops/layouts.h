@@ -12,6 +12,8 @@ constexpr int64_t kRowScale = 4;        // bytes of the scale after an int8 row 
 constexpr int64_t kBlock = 16;          // tokens of an activation block
 constexpr int64_t kW4GroupBytes = 256;  // 16 rows x 32 nibbles
 constexpr int64_t kW8GroupBytes = 512;
+constexpr int64_t kFiveBytes = 320;  // 5 and 1 bits of such a group
+constexpr int64_t kSixthBytes = 64;
 constexpr int64_t kSuper = 8;  // groups that share the fp16 scales of a k-quant
 
 }  // namespace unicorn

@@ -19,6 +19,7 @@
 
 #include "mapped.h"
 #include "prepared.h"
+#include "screen.h"
 
 namespace unicorn {
 
@@ -269,13 +270,30 @@ class Bound : public torch::CustomClassHolder {
       prepared_[i].can = can_prepare(program_->steps_[i]);
       if (prepared_[i].can) note_files(i);
     }
+    head_ = find_head();
   }
 
-  c10::List<IValue> run(const c10::List<IValue>& inputs) {
+  // The fixed packed weight of a linear whose result only leaves the graph: the model's head. Empty: there is none.
+  std::vector<at::Tensor> head() const {
+    if (head_ < 0) return {};
+    std::vector<at::Tensor> weights;
+    for (const int64_t number : program_->steps_[head_].arguments[1].from) weights.push_back(at(number).toTensor());
+    return weights;
+  }
+
+  // Screens that head's rows in runs that want the best scores only.
+  void screen(const c10::intrusive_ptr<Screen>& screen) {
+    TORCH_CHECK(head_ >= 0, "program: no head to screen");
+    screened_.emplace(head(), at(program_->steps_[head_].arguments[3].from[0]).toInt(), screen);
+  }
+
+  // best: 0, or how many of the largest scores of the head are wanted; the others may come back as -inf.
+  c10::List<IValue> run(const c10::List<IValue>& inputs, int64_t best) {
     TORCH_CHECK(inputs.size() == open_.size(), "program: got ", inputs.size(), " inputs, expected ", open_.size());
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (!lock.owns_lock()) return Bound(program_, places_, inputs_, sizes_).run(inputs);  // another thread is in it
+    if (!lock.owns_lock()) return Bound(program_, places_, inputs_, sizes_).run(inputs, 0);  // another thread is in it
     try {
+      best_ = best;
       return run_steps(inputs);
     } catch (const c10::IndexError& error) {  // a class of torch's reports every error as a RuntimeError: lower.py
       throw std::runtime_error(std::string("IndexError: ") + error.what_without_backtrace());
@@ -360,7 +378,35 @@ class Bound : public torch::CustomClassHolder {
     return true;
   }
 
+  // A linear with packed weights and no bias whose result is only an output.
+  int64_t find_head() const {
+    for (size_t i = 0; i < program_->steps_.size(); ++i) {
+      const Step& step = program_->steps_[i];
+      if (!step.op || step.op->operator_name().name != "unicorn::linear" || !prepared_[i].can) continue;
+      const auto reads = [&](const Step& other) {
+        return std::any_of(other.arguments.begin(), other.arguments.end(), [&](const Argument& a) {
+          return std::find(a.from.begin(), a.from.end(), step.first) != a.from.end();
+        });
+      };
+      const auto& out = program_->outputs_;
+      const bool leaves = std::find(out.begin(), out.end(), step.first) != out.end();
+      const bool plain = at(step.arguments[2].from[0]).isNone() && step.arguments[1].from.size() > 1;
+      if (leaves && plain && std::none_of(program_->steps_.begin(), program_->steps_.end(), reads)) {
+        return static_cast<int64_t>(i);
+      }
+    }
+    return -1;
+  }
+
+  bool run_screened(const Step& step) {
+    if (best_ == 0 || !screened_ || &step != &program_->steps_[head_]) return false;
+    std::optional<at::Tensor> scores = (*screened_)(at(step.arguments[0].from[0]).toTensor(), best_);
+    if (scores) values_[step.first] = std::move(*scores);
+    return scores.has_value();
+  }
+
   void run_step(const Step& step, Slot& slot, Stack& stack, bool direct) {
+    if (direct && run_screened(step)) return;
     if (direct && slot.can && run_prepared(step, slot, stack)) return;
     fill(stack, step);
     step.op->callBoxed(stack);
@@ -415,6 +461,9 @@ class Bound : public torch::CustomClassHolder {
   std::vector<int64_t> open_;  // the inputs that `run` is given
   std::vector<Slot> prepared_;
   FileReads files_;
+  int64_t head_ = -1;  // a step
+  std::optional<ScreenedLinear> screened_;
+  int64_t best_ = 0;  // of the run that goes on
   std::mutex mutex_;
 };
 
@@ -426,7 +475,14 @@ c10::intrusive_ptr<Bound> Program::bind(const c10::intrusive_ptr<Program>& progr
 }  // namespace unicorn
 
 TORCH_LIBRARY_FRAGMENT(unicorn, m) {
-  m.class_<unicorn::Bound>("Bound").def("run", &unicorn::Bound::run);
+  m.class_<unicorn::Screen>("Screen")
+      .def(torch::init<std::vector<at::Tensor>>())
+      .def("bytes", &unicorn::Screen::bytes)
+      .def("read", &unicorn::Screen::read);
+  m.class_<unicorn::Bound>("Bound")
+      .def("run", &unicorn::Bound::run)
+      .def("head", &unicorn::Bound::head)
+      .def("screen", &unicorn::Bound::screen);
   m.class_<unicorn::Program>("Program")
       .def(torch::init<int64_t>())
       .def("constant", &unicorn::Program::constant)

@@ -1,5 +1,12 @@
 // The fused ops: who does what in which order. Work is split over tiles of the weight or over tokens, never
 // over K, so the bits do not depend on the number of threads nor on who gets to a piece first.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <utility>
+
 #include "threads.h"
 
 namespace unicorn {
@@ -87,6 +94,66 @@ struct QkvBuffers {
   }
 };
 
+// The `size` entries with the largest keys, the least of them first.
+template <class Value>
+class Largest {
+ public:
+  using Entry = std::pair<float, Value>;
+  Largest(Entry* entries, int64_t size) : entries_(entries), size_(size) {}
+
+  void add(float key, Value value) {
+    if (count_ == size_) {
+      if (!(key > entries_[0].first)) return;
+      std::pop_heap(entries_, entries_ + count_--, &above);
+    }
+    entries_[count_++] = {key, value};
+    std::push_heap(entries_, entries_ + count_, &above);
+  }
+  // Makes it full.
+  void fill(float key) {
+    while (count_ < size_) entries_[count_++] = {key, Value{}};
+  }
+  const Entry* begin() const { return entries_; }
+  const Entry* end() const { return entries_ + count_; }
+
+ private:
+  static bool above(const Entry& a, const Entry& b) { return a.first > b.first; }
+  Entry* entries_;
+  int64_t size_, count_ = 0;
+};
+
+struct ScreenBuffers {
+  Input input;
+  float *bound, *most;
+  Largest<int64_t>::Entry* tiles;  // [threads, best]
+  Largest<char>::Entry* scores;    // the same
+  float* copy;                     // [threads, threads * best]
+  int64_t* left;                   // [N16]
+
+  ScreenBuffers(Carver& carver, const Rows& x, int64_t n, int64_t best, int threads)
+      : input(carver, x, threads),
+        bound(carver.take<float>(kRows * unicorn::tiles(n))),
+        most(carver.take<float>(unicorn::tiles(n))),
+        tiles(carver.take<Largest<int64_t>::Entry>(threads * best)),
+        scores(carver.take<Largest<char>::Entry>(threads * best)),
+        copy(carver.take<float>(threads * threads * best)),
+        left(carver.take<int64_t>(unicorn::tiles(n))) {}
+};
+
+constexpr float kMostNorm = 1e15f;  // beyond, bounds may overflow (scales are below that, see screening.py)
+constexpr float kDone = -std::numeric_limits<float>::infinity();  // of a tile whose scores are there
+
+// Memory that is read soon, into L2.
+void fetch(const uint8_t* p, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
+}
+
+float kth_largest(const Largest<char>::Entry* entries, int64_t count, int64_t k, float* copy) {
+  for (int64_t i = 0; i < count; ++i) copy[i] = entries[i].first;
+  std::nth_element(copy, copy + (k - 1), copy + count, std::greater<float>());
+  return copy[k - 1];
+}
+
 template <class Buffers, class... Args>
 Buffers carve(Workspace& workspace, const Args&... args) {
   Carver count(nullptr);
@@ -111,6 +178,74 @@ void run_linear(const Rows& x, const Norm& norm, const Weight& w, Array bias, co
     team.barrier();
     kernels().norm({{buffers.sum, DType::f32}, x.rows, w.n}, post, out, team.share(x.rows));
   });
+}
+
+void run_split(const Weight& w, const Planes& planes, int threads) {
+  parallel(threads, [&](const Team& team) { kernels().split(w, planes, team.share(tiles(w.n))); });
+}
+
+Screened run_screened(const Rows& x, const Weight& w, const Planes& planes, Out out, int64_t best, bool six,
+                      Workspace& workspace, int threads) {
+  const auto buffers = carve<ScreenBuffers>(workspace, x, w.n, best, threads);
+  const int64_t count = tiles(w.n), groups = (w.k + kGroup - 1) / kGroup;
+  Queue queue(count, kPieceBytes / (groups * kFiveBytes), threads);
+  std::atomic<int64_t> read{count * groups * (kFiveBytes + (six ? kSixthBytes : 0))}, open{0};
+  parallel(threads, [&](const Team& team) {
+    ScreenArgs args{w, planes, buffers.input.quantize(team, x, {}), out, buffers.bound, buffers.most};
+    kernels().begin_screen(args);
+    if (!(args.norm <= kMostNorm)) {  // NaN too; the same for every thread
+      read = 0;
+      return;
+    }
+    queue.drain(team, [&](Range some) { kernels().screen(args, six, some); });
+    team.barrier();
+    // The tiles with the largest bounds, and the largest scores there: no more than `best` rows are above the last.
+    const Range mine = team.share(count);
+    Largest<int64_t> likely(buffers.tiles + team.rank * best, best);
+    for (int64_t tile = mine.begin; tile < mine.end; ++tile) likely.add(buffers.most[tile], tile);
+    Largest<char> scores(buffers.scores + team.rank * best, best);
+    int64_t scored = 0;
+    alignas(64) float lanes[kRows];
+    for (const auto& [bound, tile] : likely) {
+      kernels().score(args, tile, lanes);
+      ++scored;
+      for (int64_t r = 0; r < kRows && tile * kRows + r < w.n; ++r) scores.add(lanes[r], 0);
+      buffers.most[tile] = kDone;
+    }
+    scores.fill(-std::numeric_limits<float>::infinity());
+    team.barrier();
+    float least = kth_largest(buffers.scores, best * team.size, best, buffers.copy + team.rank * best * team.size);
+    if (out.dtype == DType::f16) least = std::min(least, 65504.0f);  // beyond, scores are equal
+    // Rounding to 16 bits and dividing by a temperature can make scores equal that are less apart than this.
+    const float limit = least - std::abs(least) * 0x1p-7f - 0x1p-23f;
+    int64_t* left = buffers.left + mine.begin;  // the tiles that may have such a row
+    int64_t count_left = 0;
+    for (int64_t tile = mine.begin; tile < mine.end; ++tile) {
+      if (buffers.most[tile] >= limit) {
+        left[count_left++] = tile;
+      } else if (buffers.most[tile] != kDone) {
+        kernels().leave_out(args, tile);
+      }
+    }
+    if (!six) {
+      const int64_t refined = std::exchange(count_left, 0);
+      for (int64_t i = 0; i < refined; ++i) {
+        constexpr int64_t kAhead = 2;
+        if (i + kAhead < refined) fetch(planes.sixth + left[i + kAhead] * groups * kSixthBytes, groups * kSixthBytes);
+        const int64_t tile = left[i];
+        if (kernels().refine(args, tile) >= limit) {
+          left[count_left++] = tile;
+        } else {
+          kernels().leave_out(args, tile);
+        }
+      }
+      open += refined;
+      read += groups * refined * kSixthBytes;
+    }
+    for (int64_t i = 0; i < count_left; ++i) kernels().score(args, left[i], lanes);
+    read += groups * (scored + count_left) * kW8GroupBytes;
+  });
+  return {read, open};
 }
 
 void run_ffn(const FfnArgs& args, Workspace& workspace, int threads) {

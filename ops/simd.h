@@ -10,6 +10,8 @@
 //   Group4, Group8     a group of 16 rows x 32 k in registers; dots4 / dots8: with 32 signed activations of
 //                      each of T tokens, T up to kInterleaved
 //   load5, load6       groups of the k-quants -> Group8 of value + 128; dot8_part: four of its chunks
+//   load1              one bit per value, of chunk c at bit c -> the same
+//   load5_and_1        2 * (value of load5) + value of load1 -> the same
 //   look_up            nibbles through a Codebook -> Group8
 //   dot8_offset        the per-row part of a zero point, from what load_zero gave
 #pragma GCC diagnostic ignored "-Wunused-function"
@@ -32,6 +34,22 @@ INLINE Group8 load5(const uint8_t* p, uint8_t* buffer) {
     for (int i = 0; i < 64; ++i) {
       const int nibble = c % 2 == 0 ? low[i] & 15 : low[i] >> 4;
       buffer[64 * c + i] = static_cast<uint8_t>(nibble | (p[256 + i] >> c & 1) << 4 | 128);
+    }
+  }
+  return {buffer};
+}
+INLINE Group8 load1(const uint8_t* p, uint8_t* buffer) {
+  for (int c = 0; c < 8; ++c) {
+    for (int i = 0; i < 64; ++i) buffer[64 * c + i] = static_cast<uint8_t>((p[i] >> c & 1) | 128);
+  }
+  return {buffer};
+}
+INLINE Group8 load5_and_1(const uint8_t* p, const uint8_t* bits, uint8_t* buffer) {
+  load5(p, buffer);
+  for (int c = 0; c < 8; ++c) {
+    for (int i = 0; i < 64; ++i) {
+      uint8_t& value = buffer[64 * c + i];
+      value = static_cast<uint8_t>(value << 1 | (bits[i] >> c & 1) | 128);
     }
   }
   return {buffer};

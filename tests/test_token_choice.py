@@ -62,7 +62,7 @@ def test_scores_are_those_after_all_processors(compiled: Any, monkeypatch: pytes
 def test_native_ops_choose(compiled: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     chosen: list[int] = []
     plain = Sampler.__call__
-    monkeypatch.setattr(Sampler, "__call__", lambda self, *a: chosen.append(self._top_k) or plain(self, *a))
+    monkeypatch.setattr(Sampler, "__call__", lambda self, *a: chosen.append(self.top_k) or plain(self, *a))
     compiled.generate(torch.randint(3, 4000, (1, 12)), max_new_tokens=4, min_new_tokens=4, do_sample=True, top_k=9)
     assert chosen == [9] * 4
 

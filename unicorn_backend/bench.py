@@ -22,7 +22,9 @@ import torch
 import unicorn_backend
 from unicorn_backend import measure, models, table
 from unicorn_backend.errors import OptionError, UnicornError
+from unicorn_backend.integration import screening
 from unicorn_backend.integration.prepare import plans_of
+from unicorn_backend.integration.screening import Saved
 from unicorn_backend.measure import Timing
 from unicorn_backend.options import Options
 from unicorn_backend.plan import placements
@@ -124,9 +126,16 @@ def bench(work: Workload, *, eager: bool = True, peers: Sequence[Peer] = ()) -> 
     systems = _systems(original, work, ids, eager, peers)
     # Hashing is also the warm-up: afterwards everything is compiled.
     hashes = {s.name: measure.last_logits_hash(s.model, ids, work.new_tokens) for s in systems if s.model is not None}
+    compiled = {s.name: s.model for s in systems if s.model is not None}
+    for model in compiled.values():
+        measure.generate_timed(model, ids, 3)  # what hashing, which sees all logits, does not need
+    before = {name: screening.saved(model) for name, model in compiled.items()}
     kv = measure.kv_bytes(original, context=work.prompt_tokens + work.new_tokens // 2)
     runs = measure.interleave({s.name: partial(measure.bracketed, s.run) for s in systems}, work.rounds)
-    rows = [_row(s, runs[s.name], kv, hashes.get(s.name)) for s in systems]
+    saved = {name: screening.saved(model) for name, model in compiled.items()}
+    rows = [
+        _row(s, runs[s.name], kv, hashes.get(s.name), saved.get(s.name, Saved()), before.get(s.name)) for s in systems
+    ]
     bandwidths = [gbps for row in rows for gbps in row["bandwidth_gbps"]]
     _add_ratios(rows)
     return {
@@ -199,10 +208,21 @@ def _hugging_face(name: str, model: Any, ids: torch.Tensor, work: Workload) -> S
     )
 
 
-def _row(system: System, runs: Sequence[tuple[Timing, float]], kv: int, hashed: str | None) -> dict[str, Any]:
-    """One system's numbers; its shares of the bandwidth are those of each run, by what was read around it."""
+def _row(
+    system: System,
+    runs: Sequence[tuple[Timing, float]],
+    kv: int,
+    hashed: str | None,
+    saved: Saved,
+    before: Saved | None,
+) -> dict[str, Any]:
+    """One system's numbers; its shares of the bandwidth are those of each run, by what was read around it.
+
+    saved, before: what was not read of the head, after the runs and before them.
+    """
     decode, bandwidths = [timing.decode_tok_s for timing, _ in runs], [gbps for _, gbps in runs]
-    bytes_per_token = system.weight_bytes + kv
+    weights = system.weight_bytes - saved.per_call(before)
+    bytes_per_token = weights + kv
     share = statistics.median(
         bytes_per_token * speed / 1e9 / gbps for speed, gbps in zip(decode, bandwidths, strict=True)
     )
@@ -210,8 +230,8 @@ def _row(system: System, runs: Sequence[tuple[Timing, float]], kv: int, hashed: 
     return {
         "name": system.name,
         "note": system.note,
-        "model_bytes": system.total_bytes,
-        "bytes_per_token": {"weights": system.weight_bytes, "kv": kv},
+        "model_bytes": system.total_bytes + saved.copied,
+        "bytes_per_token": {"weights": weights, "kv": kv},
         "prefill_tok_s": _spread([timing.prefill_tok_s for timing, _ in runs]),
         "decode_tok_s": _spread(decode),
         "gbps": bytes_per_token * statistics.median(decode) / 1e9,

@@ -65,9 +65,8 @@ INLINE void add_group4(const uint8_t* p, const uint16_t* scales, const Cursor& a
 }
 
 template <int T, bool kMiddle>
-INLINE void add_group8(const uint8_t* p, vi zero_point, const Cursor& a, vf* sum) {
+INLINE void add_group8(const Group8& w, vi zero_point, const Cursor& a, vf* sum) {
   constexpr int U = together<T>();
-  const Group8 w = load8(p);
 #pragma GCC unroll 16
   for (int t = 0; t < T; t += U) {
     vi dot[U];
@@ -187,7 +186,7 @@ void tile_times(const Weight& w, int64_t tile, Cursor a, int64_t groups, float* 
       add_scaled8<T>(load8(p), scales, a, sum);
       scales += kRows;
     } else {
-      add_group8<T, S == Scheme::w8c>(p, zero_point, a, sum);
+      add_group8<T, S == Scheme::w8c>(load8(p), zero_point, a, sum);
     }
     p += group_bytes(S);
   }

@@ -123,6 +123,27 @@ INLINE Group8 load6(const uint8_t* p, uint8_t*) {
   }
   return g;
 }
+INLINE Group8 load1(const uint8_t* p, uint8_t*) {
+  Group8 g;
+  const vi all = _mm512_loadu_si512(p), bit = _mm512_set1_epi8(1), zero_point = _mm512_set1_epi8(-128);
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) g.v[c] = _mm512_or_si512(_mm512_and_si512(_mm512_srli_epi16(all, c), bit), zero_point);
+  return g;
+}
+INLINE Group8 load5_and_1(const uint8_t* p, const uint8_t* bits, uint8_t*) {
+  Group8 g;
+  const vi all = _mm512_loadu_si512(bits), bit = _mm512_set1_epi8(1), zero_point = _mm512_set1_epi8(-128);
+  const vi low = _mm512_set1_epi8(15 << 1), fifth = _mm512_set1_epi8(32), high = _mm512_loadu_si512(p + 256);
+#pragma GCC unroll 8
+  for (int c = 0; c < 8; ++c) {
+    const vi nibbles = _mm512_loadu_si512(p + 64 * (c / 2));
+    const vi four = c % 2 == 0 ? _mm512_slli_epi16(nibbles, 1) : _mm512_srli_epi16(nibbles, 3);
+    const vi up = c < 5 ? _mm512_slli_epi16(high, c < 5 ? 5 - c : 0) : _mm512_srli_epi16(high, c < 5 ? 0 : c - 5);
+    const vi two = _mm512_or_si512(_mm512_and_si512(up, fifth), _mm512_and_si512(_mm512_srli_epi16(all, c), bit));
+    g.v[c] = _mm512_or_si512(_mm512_or_si512(_mm512_and_si512(four, low), zero_point), two);
+  }
+  return g;
+}
 INLINE vi load_u8(const uint8_t* p) { return _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vi load_i8(const uint8_t* p) { return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p)); }
 INLINE vi add(vi a, vi b) { return _mm512_add_epi32(a, b); }

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from unicorn_backend import models
 from unicorn_backend.errors import OptionError, RequestError
+from unicorn_backend.generation.answer import Answer
 from unicorn_backend.generation.conversation import Conversation
 from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.live import stream_answer
@@ -60,6 +61,13 @@ def test_stop_strings(engine: Engine, split: int) -> None:
     pieces: list[str] = []
     result = engine.generate(ids, Settings(30, stop=("never\x00", stop)), lambda text, _: pieces.append(text))
     assert result.finish == "stop" and result.text == whole[: whole.index(stop)] == "".join(pieces)
+
+
+def test_top_k_0_is_off(engine: Engine) -> None:
+    """transformers takes 50 where it is told nothing."""
+    for top_k in (0, 7):
+        answer = Answer(engine, engine.encode(PROMPT), Settings(4, temperature=0.8, top_k=top_k))
+        assert answer.sequence._sampler is not None and answer.sequence._sampler.top_k == top_k
 
 
 def test_logprobs_are_those_of_the_model(engine: Engine) -> None:

@@ -47,7 +47,8 @@ class Answer:
         seed = settings.seed
         generator = None if seed is None else torch.Generator().manual_seed(seed)
         drafter = engine.drafter(settings) if settings.speculate else None
-        self.sequence = Sequence(self._on_token, generator, drafter, chunk)
+        sees_logits = settings.top_logprobs is not None
+        self.sequence = Sequence(self._on_token, generator, drafter, chunk, sees_logits)
         limit = min(settings.max_new_tokens, engine.context - len(ids))
         config = engine.generation_config(settings, limit)
         engine.model.generate(torch.tensor([list(ids)]), custom_generate=self.sequence, generation_config=config)

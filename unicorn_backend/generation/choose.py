@@ -20,22 +20,34 @@ def greedy(scores: Tensor) -> Tensor:
     return torch.ops.unicorn.argmax(scores) if _taken(scores) else scores.argmax(-1)
 
 
+def best_of(processors: Iterable[Any], sampler: Sampler | None) -> int:
+    """How many of the largest scores decide which token comes, with those equal to the last of them; 0: all may.
+
+    processors: those of transformers. sampler: made of them, None for greedy decoding.
+    """
+    if sampler is None:
+        return int(not list(processors))
+    ordered = all(type(processor) is _warpers()[2] for processor in sampler.before)  # a temperature keeps the order
+    return sampler.top_k if ordered else 0
+
+
 class Sampler:
     """Draws tokens as transformers does after these logits processors.
 
     before: the processors that come first, to be called as ever. A top-k and a top-p at the end are the op's.
     whole: keep all of them in `before`, for who wants to see their scores.
+    Attribute `top_k`: how many scores are left at most, 0 for all.
     """
 
     def __init__(self, processors: Iterable[Any], *, whole: bool = False) -> None:
         self.before = list(processors)
         self._last: list[Any] = []
-        self._top_k, self._top_p, self._keep = 0, 1.0, 1
-        top_k, top_p = _warpers()
+        self.top_k, self._top_p, self._keep = 0, 1.0, 1
+        top_k, top_p, _ = _warpers()
         if not whole and (warper := self._take_last(top_p)) is not None:
             self._top_p, self._keep = warper.top_p, warper.min_tokens_to_keep
         if not whole and (warper := self._take_last(top_k)) is not None:
-            self._top_k = warper.top_k
+            self.top_k = warper.top_k
 
     def _take_last(self, kind: type) -> Any:
         """The last processor if it is of this very kind and removes by -inf."""
@@ -48,7 +60,7 @@ class Sampler:
     def __call__(self, ids: Tensor, scores: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """int64 [B, 1] from scores [B, V] that `before` gave. ids [B, T]: the tokens so far."""
         if _taken(scores):
-            tokens: Tensor = torch.ops.unicorn.sample(scores, self._top_k, self._top_p, self._keep, generator)
+            tokens: Tensor = torch.ops.unicorn.sample(scores, self.top_k, self._top_p, self._keep, generator)
             if tokens.shape[0] == scores.shape[0]:
                 return tokens
         for processor in self._last:
@@ -61,7 +73,7 @@ def _taken(scores: Tensor) -> bool:
 
 
 @functools.cache
-def _warpers() -> tuple[type, type]:
+def _warpers() -> tuple[type, type, type]:
     from transformers.generation import logits_process
 
-    return logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper
+    return logits_process.TopKLogitsWarper, logits_process.TopPLogitsWarper, logits_process.TemperatureLogitsWarper

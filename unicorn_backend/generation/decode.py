@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from unicorn_backend.generation.assistant import AssistedDrafter
-from unicorn_backend.generation.choose import Sampler, greedy
+from unicorn_backend.generation.choose import Sampler, best_of, greedy
 from unicorn_backend.generation.drafting import Drafter
 from unicorn_backend.generation.prefix import cut
+from unicorn_backend.integration.screening import choosing
 from unicorn_backend.integration.transformers_hooks import cache_argument
 
 OnToken = Callable[[int, Tensor], bool]
-"""Called with each new token and its logits [V] (of the model, unprocessed); True stops."""
+"""Called with each new token and its logits [V] (of the model, unprocessed; see `sees_logits`); True stops."""
 
 
 @dataclass(eq=False)
@@ -34,6 +35,7 @@ class Sequence:
     generator: source of samples, None for the process-wide one.
     drafter: proposes tokens to check, None for one token per call.
     chunk: most tokens of a prompt in one call, 0 for all.
+    sees_logits: `on_token` looks at them; else only those that a token is chosen from need be right.
     cache: holds some of the prompt's first tokens, or none; to be set before the first step.
     """
 
@@ -41,6 +43,7 @@ class Sequence:
     generator: torch.Generator | None = None
     drafter: Drafter | AssistedDrafter | None = None
     chunk: int = 0
+    sees_logits: bool = True
     cache: Any = None
     start: float = field(default_factory=time.perf_counter)
     token_times: list[float] = field(default_factory=list)  # seconds after `start`
@@ -65,6 +68,7 @@ class Sequence:
         if generation_config.do_sample:
             self._sampler = Sampler(logits_processor)
             self._processor = type(logits_processor)(self._sampler.before)
+        self._best = 0 if self.sees_logits else best_of(logits_processor, self._sampler)
         given = ("position_ids", "logits_to_keep", "attention_mask", cache_argument())
         self.model_kwargs = {k: v for k, v in model_kwargs.items() if k not in given}
         self.length = input_ids.shape[1]
@@ -135,7 +139,8 @@ class Sequence:
             **self.model_kwargs,
         )
         self.called(1)
-        return self.model(**inputs, return_dict=True).logits[0].float()  # type: ignore[no-any-return]
+        with choosing(self.model, self._best):
+            return self.model(**inputs, return_dict=True).logits[0].float()  # type: ignore[no-any-return]
 
     def called(self, sequences: int) -> None:
         """Count a call of the model that so many sequences share."""

@@ -202,7 +202,7 @@ class Engine:
 
         sample: dict[str, Any] = {"do_sample": settings.temperature > 0}
         if settings.temperature > 0:
-            sample |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k or None}
+            sample |= {"temperature": settings.temperature, "top_p": settings.top_p, "top_k": settings.top_k}
         if settings.repetition_penalty != 1:
             sample["repetition_penalty"] = settings.repetition_penalty
         pad = self.tokenizer.pad_token_id

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unicorn_backend import measure
+from unicorn_backend.integration import screening
 
 PROBE_BYTES = 256 << 20
 """Read to measure bandwidth when a model starts: beyond any laptop's cache, and done in some 30 ms."""
@@ -28,7 +29,7 @@ def resident_bytes() -> int:
 
 @dataclass(frozen=True)
 class Meter:
-    """Turns calls and seconds into GB/s. `weight_bytes`: read by each call of the model."""
+    """Turns calls and seconds into GB/s. `weight_bytes`: read by each call of the model that needs all scores."""
 
     model: Any
     weight_bytes: int
@@ -43,7 +44,8 @@ class Meter:
 
     def gbps(self, calls_per_second: float, context: int) -> float:
         """GB/s read by decoding at a context length."""
-        return calls_per_second * (self.weight_bytes + measure.kv_bytes(self.model, context)) / 1e9
+        weights = self.weight_bytes - screening.saved(self.model).per_call()
+        return calls_per_second * (weights + measure.kv_bytes(self.model, context)) / 1e9
 
     def describe(self, tokens_per_second: float, calls_per_second: float, context: int) -> str:
         """`31.2 tok/s · 23.1 GB/s (61% of 37.9) · 1.2 GB memory`"""

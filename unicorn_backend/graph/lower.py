@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from unicorn_backend.graph.capture import constant
+from unicorn_backend.integration import screening
 
 _MEMORY_FORMATS = {  # the only kind of constant that torch does not convert for a native class
     torch.contiguous_format: 0,
@@ -58,14 +59,21 @@ class Lowered:
     ) -> Callable[..., tuple[Any, ...]]:
         """The function with `inputs` at `places` fixed: it takes the others, in their order.
 
-        What ops need of fixed inputs is checked and read once, the first time.
+        What ops need of fixed inputs is checked and read once, the first time. The function has an argument `best`:
+        with a number, the model's head need not give more than its so many largest scores (`screening.py`).
         sizes: (place, place of a tensor, dimension) of inputs that are the size of another one, and not given either.
         """
         bound = self._program.bind(list(places), list(inputs), [number for triple in sizes for number in triple])
 
-        def run(*others: Any) -> tuple[Any, ...]:
+        screened = False
+
+        def run(*others: Any, best: int = 0) -> tuple[Any, ...]:
+            nonlocal screened
+            if best and not screened:
+                screening.screen(bound)
+                screened = True
             try:
-                return tuple(bound.run(others))
+                return tuple(bound.run(others, best))
             except RuntimeError as error:
                 kind, _, text = str(error).partition(": ")
                 raise _ERRORS.get(kind, RuntimeError)(text if kind in _ERRORS else str(error)) from None

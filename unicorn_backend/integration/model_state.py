@@ -15,6 +15,7 @@ class _Thread(threading.local):
 
     state: object | None = None
     held: Mapping[Any, Any] = MappingProxyType({})  # graphs with their weights, while the state lasts: weights_once.py
+    best: tuple[Any, int] | None = None  # of this model only so many of the largest scores are looked at: screening.py
 
 
 thread = _Thread()

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unicorn_backend.generation.choose import Sampler, greedy
+from unicorn_backend.generation.choose import Sampler, best_of, greedy
+from unicorn_backend.integration.screening import choosing
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,10 @@ def with_native_choice(loop: Any, is_ours: Callable[[Any], bool]) -> Any:
         sampler = Sampler(logits_processor, whole=bool(generation_config.output_scores))
         own = _in_globals(loop, _names(sampler))
         before = type(logits_processor)(sampler.before) if generation_config.do_sample else logits_processor
-        return own(self, input_ids, before, Stopping(stopping_criteria), generation_config, **rest)
+        seen = generation_config.output_logits or generation_config.output_scores
+        best = 0 if seen else best_of(logits_processor, sampler if generation_config.do_sample else None)
+        with choosing(self, best):
+            return own(self, input_ids, before, Stopping(stopping_criteria), generation_config, **rest)
 
     return _sample
 

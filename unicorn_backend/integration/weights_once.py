@@ -47,7 +47,8 @@ def split(run: Run, bind: Callable[[Sequence[int], Sequence[Any], Sequence[tuple
         if type(weights) is tuple:
             weights = bind(plan[0], weights, plan[1])
             model_state.hold(key, weights)
-        return weights(*others)
+        best = model_state.thread.best
+        return weights(*others, best=best[1]) if best is not None and best[0] is key[1] else weights(*others)
 
     @functools.wraps(run)
     def whole(*inputs: Any) -> Any:

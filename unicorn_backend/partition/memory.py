@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from unicorn_backend import measure
+from unicorn_backend.integration import screening
 from unicorn_backend.plan import TYPICAL, Plan
 from unicorn_backend.quantize.memory import left_in_files
 from unicorn_backend.runtime import open_device
@@ -24,12 +25,15 @@ class MemoryPlan:
     ram_free: int
     devices: dict[str, tuple[int, int]]
     disk: int = 0  # of the weights: in their file, RAM has no room for them
+    copied: int = 0  # beside the weights: high bits of a head whose rows are screened (made by the first answer)
 
     def __str__(self) -> str:
         lines = [
             f"memory: weights {size(self.weights)}, keys and values {size(self.cache)} at {self.tokens} tokens; "
             f"RAM {size(self.ram_free)} free of {size(self.ram)}"
         ]
+        if self.copied:
+            lines.append(f"  {size(self.copied)} more for the head's high bits, which rule out most of its rows")
         if self.disk:
             lines.append(
                 f"  {size(self.disk)} of the weights stay in their file, as RAM is full: where not cached, they "
@@ -60,4 +64,5 @@ def plan_memory(model: Any, plans: Sequence[Plan], tokens: int = TYPICAL) -> Mem
         devices[name] = sum(regions.values()), budget
     cache = measure.kv_bytes(model, tokens) if hasattr(text, "num_hidden_layers") else 0
     weights, disk = measure.model_bytes(model), left_in_files(getattr(model, "_orig_mod", model))
-    return MemoryPlan(weights, cache, tokens, total, free, devices, disk)
+    copied = screening.saved(model).copied if hasattr(model, "get_output_embeddings") else 0
+    return MemoryPlan(weights, cache, tokens, total, free, devices, disk, copied)
