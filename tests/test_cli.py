@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from unicorn_backend import __main__ as cli
 from unicorn_backend import bench, doctor, hub, measure, models, table
 from unicorn_backend.errors import CheckpointError, OptionError, UnicornError
+from unicorn_backend.integration.screening import Saved
 
 COMMANDS = (
     "demo",
@@ -409,7 +410,8 @@ def test_share_above_the_ceiling_is_a_bug() -> None:
     system = bench.System("fake", lambda: None, None, size, size)
     time = measure.Timing(1.0, 1.0)
     for share, bug in ((1.04, False), (1.06, True)):
-        row = bench._row(system, [(time, 1000 / share), (time, 9000.0), (time, 1000 / share)], 0, None)
+        runs = [(time, 1000 / share), (time, 9000.0), (time, 1000 / share)]
+        row = bench._row(system, runs, 0, None, Saved(), Saved())
         assert row["is_bug"] is bug and abs(row["bandwidth_share"] - share) < 1e-9
 
 

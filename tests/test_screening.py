@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 
-from unicorn_backend import assets, measure
+from unicorn_backend import assets, layouts, measure
 from unicorn_backend.generation.choose import Sampler, best_of
 from unicorn_backend.generation.engine import Engine
 from unicorn_backend.generation.request import Settings
@@ -53,19 +53,19 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("settings", SETTINGS)
-def test_the_same_tokens(compiled: Any, ids: torch.Tensor, settings: dict[str, Any]) -> None:
-    drawn = []
-    for extra in ({}, {"output_logits": True, "return_dict_in_generate": True}):  # who wants logits gets all
-        torch.manual_seed(3)
-        before = _calls(compiled)
-        out = compiled.generate(ids, **{**NEW, **settings}, **extra)
-        assert _calls(compiled) - before == (0 if extra else 24)
-        drawn.append(out.sequences if extra else out)
-    assert torch.equal(*drawn)
-    saved = screening.saved(compiled)
-    assert saved.copied == pytest.approx(0.75 * saved.head, rel=0.1)
-    assert saved.per_call() > (0.2 * saved.head if not settings else -0.1 * saved.head)  # 64 of 4096 is no gain
+def test_the_same_tokens(compiled: Any, ids: torch.Tensor) -> None:
+    for settings in SETTINGS:
+        drawn = []
+        before = screening.saved(compiled)
+        for extra in ({}, {"output_logits": True, "return_dict_in_generate": True}):  # who wants logits gets all
+            torch.manual_seed(3)
+            out = compiled.generate(ids, **{**NEW, **settings}, **extra)
+            assert _calls(compiled) - before.calls == 24
+            drawn.append(out.sequences if extra else out)
+        assert torch.equal(*drawn), settings
+        saved = screening.saved(compiled)
+        assert saved.copied == pytest.approx(0.75 * saved.head, rel=0.1)
+        assert saved.per_call(before) > (0.2 * saved.head if not settings else -0.1 * saved.head)  # 64 are no gain
 
 
 def test_a_vocabulary_that_fills_no_tile(two_layers: Any, ids: torch.Tensor) -> None:
@@ -81,21 +81,18 @@ class _Favour(LogitsProcessor):
         return scores.index_fill(1, torch.tensor([77]), 1e4)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
+def test_not_where_other_scores_count(compiled: Any, ids: torch.Tensor) -> None:
+    for settings in (
         {"repetition_penalty": 1.3},
         {"logits_processor": LogitsProcessorList([_Favour()])},
         {"do_sample": True, "top_k": 0},
         {"do_sample": True, "top_k": 5, "repetition_penalty": 1.3},
         {"do_sample": True, "top_k": 5, "output_scores": True, "return_dict_in_generate": True},
-        {"num_beams": 2},
         {"output_logits": True, "return_dict_in_generate": True},
-    ],
-)
-def test_not_where_other_scores_count(compiled: Any, ids: torch.Tensor, settings: dict[str, Any]) -> None:
-    compiled.generate(ids, **{**NEW, **settings})
-    assert _calls(compiled) == 0
+        {"num_beams": 2},
+    ):
+        compiled.generate(ids, **{**NEW, **settings})  # type: ignore[dict-item]
+        assert _calls(compiled) == 0, settings
 
 
 def test_not_in_calls_of_one_s_own(compiled: Any, ids: torch.Tensor) -> None:
@@ -161,19 +158,31 @@ def test_the_copy_goes_with_the_model(two_layers: Any, ids: torch.Tensor) -> Non
     assert len(screening._screens) == 0
 
 
-@pytest.mark.parametrize("why", ["rows", "RAM", "bits"])
-def test_reasons(
-    two_layers: Any, ids: torch.Tensor, why: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    options = {"recipe": "ultra"} if why == "bits" else {}
-    monkeypatch.setattr(screening, "LEAST_ROWS", 10_000 if why == "rows" else 1024)
-    monkeypatch.setattr(measure, "ram", lambda: (1 << 30, 1 << 20 if why == "RAM" else 1 << 30))
-    compiled: Any = torch.compile(two_layers, backend="unicorn", options=options)
+def test_reasons(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def head(n: int, scale: float = 0.1) -> list[torch.Tensor]:
+        return layouts.pack_w8(torch.zeros(n, 32, dtype=torch.uint8), torch.full((n,), scale))
+
+    four = layouts.pack_w4g32(torch.zeros(2048, 32, dtype=torch.int8), torch.ones(2048, 1, dtype=torch.float16))
+    kept = head(2048)
+    kept = [torch.classes.unicorn.Arena.leave(kept[0], False), kept[1]]
+    for weights, reason in (
+        (head(512), "512 rows"),
+        (four, "not 8 bits"),
+        (head(2048, -0.1), "scales"),
+        (head(2048, float("nan")), "scales"),
+        (kept, "stays in its file"),
+    ):
+        with caplog.at_level(logging.INFO, logger=screening.log.name):
+            assert screening.screen_of(weights) is None and screening.screen_of(weights) is None
+        assert [reason in record.message for record in caplog.records] == [True], "once"
+        caplog.clear()
+    monkeypatch.setattr(measure, "ram", lambda: (1 << 30, 1 << 10))
     with caplog.at_level(logging.INFO, logger=screening.log.name):
-        compiled.generate(ids, **NEW)
-    assert _calls(compiled) == 0
-    expected = {"rows": "4096 rows", "RAM": "too much for 0.0 GB of RAM", "bits": "not 8 bits"}[why]
-    assert sum(expected in record.message for record in caplog.records) == 1
+        assert screening.screen_of(head(2048)) is None
+    assert "too much for 0.0 GB of RAM" in caplog.text
+    monkeypatch.undo()
+    monkeypatch.setattr(screening, "LEAST_ROWS", 1024)
+    assert screening.screen_of(head(2048)) is not None
 
 
 def test_our_own_loop() -> None:

@@ -93,11 +93,11 @@ def finish(normal: GraphModule, plan: Plan, options: Options) -> Callable[..., A
 def _bind(
     run: Callable[..., Any], places: Sequence[int], inputs: Sequence[Any], sizes: Sequence[tuple[int, int, int]]
 ) -> Callable[..., Any]:
-    """What `Lowered.bind` does, for a Python function."""
+    """What `Lowered.bind` does, for a Python function. It computes all scores, however few are wanted."""
     fixed = dict(zip(places, inputs, strict=True))
     left_out = fixed.keys() | {place for place, _, _ in sizes}
 
-    def bound(*others: Any) -> Any:
+    def bound(*others: Any, best: int = 0) -> Any:
         count = len(others) + len(left_out)
         rest = iter(others)
         every: list[Any] = [fixed.get(at) if at in left_out else next(rest) for at in range(count)]

@@ -82,7 +82,7 @@ def test_a_flood_is_turned_away_without_losing_what_was_accepted(start: Any) -> 
 
 def open_stream(server: Any, tokens: int) -> socket.socket:
     """A connection that has asked for a stream and reads nothing yet."""
-    body = {"prompt": "The film", "max_tokens": tokens, "stream": True, "ignore_eos": True}
+    body = {"prompt": "The film", "max_tokens": tokens, "stream": True, "ignore_eos": True, "top_k": 50}
     data = json.dumps(body).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
     connection = socket.create_connection(server.address, timeout=60)
