@@ -29,7 +29,7 @@ def small_heads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The embedded model's 4096 rows are few enough to be in the cache: screened here all the same."""
     monkeypatch.setattr(screening, "LEAST_ROWS", 1024)
     yield
-    assert model_state.thread.best is None
+    assert model_state.thread.best is None and model_state.thread.best_in_loop is None
 
 
 @pytest.fixture
@@ -96,21 +96,19 @@ def test_not_where_other_scores_count(compiled: Any, ids: torch.Tensor) -> None:
 
 
 def test_not_in_calls_of_one_s_own(compiled: Any, ids: torch.Tensor) -> None:
-    """What a streamer, or anything else in between, asks of the model is whole."""
-    seen = []
+    """What a streamer asks of the model in between is whole, and so is what comes after it."""
+    token, seen = ids[:, -1:], []
 
     class Asks:
         def put(self, value: torch.Tensor) -> None:
-            if value.dim() == 1:
-                with screening.choosing(compiled._orig_mod, 0):
-                    seen.append(bool(compiled(ids).logits.isfinite().all()))
+            seen.append(bool(compiled(token).logits.isfinite().all()))
 
         def end(self) -> None: ...
 
+    compiled.generate(ids, streamer=Asks(), **NEW)
+    assert len(seen) == 25 and all(seen) and _calls(compiled) == 24
     with torch.no_grad():
-        compiled.generate(ids, streamer=Asks(), **NEW)
-        assert seen and all(seen)
-        assert bool(compiled(ids[:, -1:]).logits.isfinite().all())
+        assert bool(compiled(token).logits.isfinite().all())
 
 
 def test_another_model_in_the_loop_is_read_whole(compiled: Any, make_tiny: Any, ids: torch.Tensor) -> None:

@@ -20,7 +20,7 @@ from unicorn_backend.generation.assistant import AssistedDrafter
 from unicorn_backend.generation.choose import Sampler, best_of, greedy
 from unicorn_backend.generation.drafting import Drafter
 from unicorn_backend.generation.prefix import cut
-from unicorn_backend.integration.screening import choosing
+from unicorn_backend.integration.screening import one_call
 from unicorn_backend.integration.transformers_hooks import cache_argument
 
 OnToken = Callable[[int, Tensor], bool]
@@ -139,7 +139,7 @@ class Sequence:
             **self.model_kwargs,
         )
         self.called(1)
-        with choosing(self.model, self._best):
+        with one_call(self.model, self._best):
             return self.model(**inputs, return_dict=True).logits[0].float()  # type: ignore[no-any-return]
 
     def called(self, sequences: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from unicorn_backend.integration import model_state
+from unicorn_backend.integration import model_state, screening
 
 _PASSED_ON = ("use_cache", "logits_to_keep")  # behind the tensors, in the order of the arguments
 _KNOWN = {*_PASSED_ON, "attention_mask", "position_ids"}  # and the cache
@@ -28,6 +28,7 @@ def with_short_way(plain: Any, cache: str, is_ours: Callable[[Any], bool]) -> An
 
     @functools.wraps(plain)
     def prepare_inputs_for_generation(self: Any, input_ids: Tensor, *args: Any, **kwargs: Any) -> Any:
+        screening.begin_call(self)
         whole = functools.partial(plain, self, input_ids, *args, **kwargs)
         given = {name: value for name, value in kwargs.items() if name != "next_sequence_length"}
         if args or kwargs.get("next_sequence_length") != 1 or not (is_ours(self) and _known(given, cache)):
@@ -45,6 +46,7 @@ def with_short_update(plain: Any, cache: str, is_ours: Callable[[Any], bool]) ->
     def _update_model_kwargs_for_generation(
         self: Any, outputs: Any, model_kwargs: dict[str, Any], is_encoder_decoder: bool = False, num_new_tokens: int = 1
     ) -> Any:
+        screening.end_call()
         whole = functools.partial(plain, self, outputs, model_kwargs, is_encoder_decoder, num_new_tokens)
         if is_encoder_decoder or num_new_tokens != 1 or not (is_ours(self) and _known(model_kwargs, cache)):
             return whole()

@@ -15,7 +15,10 @@ class _Thread(threading.local):
 
     state: object | None = None
     held: Mapping[Any, Any] = MappingProxyType({})  # graphs with their weights, while the state lasts: weights_once.py
-    best: tuple[Any, int] | None = None  # of this model only so many of the largest scores are looked at: screening.py
+    # Of this model's next call only so many of the largest scores are looked at, and of each one that the decoding loop
+    # makes: screening.py
+    best: tuple[Any, int] | None = None
+    best_in_loop: tuple[Any, int] | None = None
 
 
 thread = _Thread()

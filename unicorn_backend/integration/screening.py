@@ -30,16 +30,44 @@ _screens: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # head's packed b
 
 
 @contextlib.contextmanager
-def choosing(model: Any, best: int) -> Iterator[None]:
-    """Within this block, on this thread, only the `best` largest scores of calls of `model` are looked at. 0: all."""
-    before = model_state.thread.best
-    # A forward that is not transformers' own may look at all scores itself.
-    plain = type(model).forward.__module__.startswith("transformers.")
-    model_state.thread.best = (model, best) if best and plain else None
+def one_call(model: Any, best: int) -> Iterator[None]:
+    """Within this block, on this thread, only the `best` largest scores of `model`'s call are looked at. 0: all."""
+    model_state.thread.best = _wanted(model, best)
     try:
         yield
     finally:
-        model_state.thread.best = before
+        model_state.thread.best = None
+
+
+@contextlib.contextmanager
+def loop(model: Any, best: int) -> Iterator[None]:
+    """The same for each call between `begin_call` and `end_call`, which transformers' decoding loop comes by.
+
+    What a streamer or a criterion asks of the model in between, it gets whole.
+    """
+    before = model_state.thread.best_in_loop
+    model_state.thread.best_in_loop = _wanted(model, best)
+    try:
+        yield
+    finally:
+        model_state.thread.best_in_loop, model_state.thread.best = before, None
+
+
+def begin_call(model: Any) -> None:
+    """The decoding loop has prepared a call of `model`, and makes it next."""
+    best = model_state.thread.best_in_loop
+    model_state.thread.best = best if best is not None and best[0] is model else None
+
+
+def end_call() -> None:
+    """The decoding loop has made its call."""
+    model_state.thread.best = None
+
+
+def _wanted(model: Any, best: int) -> tuple[Any, int] | None:
+    # A forward that is not transformers' own may look at all scores itself.
+    plain = type(model).forward.__module__.startswith("transformers.")
+    return (model, best) if best and plain else None
 
 
 def screen(bound: Any) -> None:

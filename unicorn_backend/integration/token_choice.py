@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from unicorn_backend.generation.choose import Sampler, best_of, greedy
-from unicorn_backend.integration.screening import choosing
+from unicorn_backend.integration.screening import loop as screened_loop
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def with_native_choice(loop: Any, is_ours: Callable[[Any], bool]) -> Any:
         before = type(logits_processor)(sampler.before) if generation_config.do_sample else logits_processor
         seen = generation_config.output_logits or generation_config.output_scores
         best = 0 if seen else best_of(logits_processor, sampler if generation_config.do_sample else None)
-        with choosing(self, best):
+        with screened_loop(self, best):
             return own(self, input_ids, before, Stopping(stopping_criteria), generation_config, **rest)
 
     return _sample

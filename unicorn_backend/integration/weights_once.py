@@ -48,7 +48,10 @@ def split(run: Run, bind: Callable[[Sequence[int], Sequence[Any], Sequence[tuple
             weights = bind(plan[0], weights, plan[1])
             model_state.hold(key, weights)
         best = model_state.thread.best
-        return weights(*others, best=best[1]) if best is not None and best[0] is key[1] else weights(*others)
+        if best is None or best[0] is not key[1]:
+            return weights(*others)
+        model_state.thread.best = None  # this call, and no other
+        return weights(*others, best=best[1])
 
     @functools.wraps(run)
     def whole(*inputs: Any) -> Any:
