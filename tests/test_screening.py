@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 from collections.abc import Iterator
@@ -111,8 +112,8 @@ def test_not_in_calls_of_one_s_own(compiled: Any, ids: torch.Tensor) -> None:
         assert bool(compiled(token).logits.isfinite().all())
 
 
-def test_another_model_in_the_loop_is_read_whole(compiled: Any, make_tiny: Any, ids: torch.Tensor) -> None:
-    other = torch.compile(make_tiny(), backend="unicorn")
+def test_another_model_in_the_loop_is_read_whole(compiled: Any, ids: torch.Tensor) -> None:
+    other = torch.compile(copy.deepcopy(compiled._orig_mod), backend="unicorn")
     whole = []
 
     def criterion(tokens: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
@@ -134,26 +135,24 @@ def test_a_forward_of_one_s_own_sees_all(two_layers: Any, ids: torch.Tensor) -> 
     assert _calls(compiled) == 0
 
 
-def test_changed_weights_are_split_again(compiled: Any, ids: torch.Tensor) -> None:
-    first = compiled.generate(ids, **NEW)
-    head = compiled._orig_mod.get_output_embeddings()
-    with torch.no_grad():
-        head.weight_packed.copy_(head.weight_packed.flip(0).clone())
-    new = compiled.generate(ids, **NEW)
-    out = compiled.generate(ids, output_logits=True, return_dict_in_generate=True, **NEW)
-    assert torch.equal(new, out.sequences) and not torch.equal(new, first)
+def test_changed_weights_are_split_again() -> None:
+    weights = layouts.pack_w8(torch.randint(0, 255, (2048, 32), dtype=torch.uint8), torch.rand(2048))
+    first = screening.screen_of(weights)
+    assert screening.screen_of(weights) is first
+    for part in weights:
+        part.copy_(part.flip(0))
+        assert screening.screen_of(weights) is not first
+        first = screening.screen_of(weights)
 
 
-def test_the_copy_goes_with_the_model(two_layers: Any, ids: torch.Tensor) -> None:
-    screening._screens.clear()
-    compiled: Any = torch.compile(two_layers, backend="unicorn")
-    compiled.generate(ids, **NEW)
-    assert len(screening._screens) == 1
-    torch._dynamo.reset()
-    head = compiled._orig_mod.get_output_embeddings()
-    del head._buffers["weight_packed"], compiled._orig_mod.get_input_embeddings()._buffers["weight_packed"]
+def test_the_copy_goes_with_the_weight() -> None:
+    weights = layouts.pack_w8(torch.zeros(2048, 32, dtype=torch.uint8), torch.rand(2048))
     gc.collect()
-    assert len(screening._screens) == 0
+    before = len(screening._screens)
+    assert screening.screen_of(weights) is not None and len(screening._screens) == before + 1
+    weights.clear()
+    gc.collect()
+    assert len(screening._screens) == before
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
