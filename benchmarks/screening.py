@@ -18,8 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicorn_backend import layouts, measure
+from unicorn_backend import measure
 from unicorn_backend.assets import load_native
+from unicorn_backend.quantize.schemes import quantize_weight
 
 WIDTHS = (1152, 2560, 5376)  # Gemma 3 1B, 4B, 27B
 BEST = (1, 64)
@@ -28,14 +29,8 @@ COLD_BYTES = 256 << 20  # read between calls
 
 
 def head(rows: int, k: int) -> list[Tensor]:
-    """Normally distributed weights as w8a: each row's least and largest are the ends of its bytes."""
-    tiles: list[list[Tensor]] = []
-    for begin in range(0, rows, 4096):
-        w = torch.randn(min(4096, rows - begin), k)
-        low, high = w.amin(1, keepdim=True), w.amax(1, keepdim=True)
-        scale = (high - low) / 255
-        q = ((w - low) / scale).round().to(torch.uint8)
-        tiles.append(layouts.pack_w8(q, scale[:, 0], (-low / scale).round().to(torch.uint8)[:, 0]))
+    """Normally distributed weights as w8a, in huge pages."""
+    tiles = [quantize_weight(torch.randn(min(4096, rows - begin), k), "w8a") for begin in range(0, rows, 4096)]
     packed = [torch.cat(parts) for parts in zip(*tiles, strict=True)]
     arena = torch.classes.unicorn.Arena([part.nbytes for part in packed])
     return [arena.place(part) for part in packed]
